@@ -1,0 +1,10 @@
+"""The error of a data set that is missing, damaged or not what the run expects."""
+
+
+class DataError(ValueError):
+    """The data, not the configuration, is at fault; the message is one line.
+
+    The command line prints the message without a traceback and exits with `exit_code`.
+    """
+
+    exit_code = 3

