@@ -1,0 +1,66 @@
+"""Every key of the configuration, once, with its unit. Other configs are this plus overrides.
+
+No key is None, so that each can be overridden from the command line
+(`--config.optim.learning_rate=0.1`); where a number can be unset, 0 says so.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """The defaults: what a config does not set."""
+    config = ConfigDict()
+    config.seed = 0  # of the weights and of the data order
+
+    config.model = ConfigDict()
+    config.model.name = "halonet_h0"  # one of halonet.list_models()
+    config.model.dtype = "float32"  # of the computation: float32 or bfloat16
+    config.model.bn_group = 32  # examples per group of batch-norm statistics
+
+    config.data = ConfigDict()
+    config.data.name = "mnist5k"  # mnist5k, fake:EXAMPLES:CLASSES, or a TensorFlow Datasets name
+    config.data.data_dir = ""  # folder of prepared data sets; may be gs://
+    config.data.train_split = "train"
+    config.data.eval_split = "test"
+    config.data.image_size = 32  # pixels, height and width
+    config.data.batch_size = 128  # examples per step, over all devices and processes
+    config.data.mean = (0.485, 0.456, 0.406)  # per channel, white is 1: ImageNet's
+    config.data.std = (0.229, 0.224, 0.225)
+    config.data.threads = 4  # host threads that read and augment, per process
+
+    config.augment = ConfigDict()
+    config.augment.rotate = 0.0  # degrees either way
+    config.augment.scale = 0.0  # largest relative change of size
+    config.augment.translate = 0.0  # largest shift, as a fraction of the image size
+
+    config.train = ConfigDict()
+    config.train.steps = 0  # optimizer steps; 0: unset, epochs decide
+    config.train.epochs = 0  # passes over the training split; 0: unset
+    config.train.label_smoothing = 0.1  # probability spread over all classes
+    config.train.ema_decay = 0.0  # of averaged weights and batch statistics; 0: none are kept
+
+    config.optim = ConfigDict()
+    config.optim.name = "adamw"  # adamw, or sgd (with Nesterov momentum)
+    config.optim.learning_rate = 1e-3  # peak
+    config.optim.warmup = 0.05  # fraction of the run, linear; then a cosine to 0
+    config.optim.momentum = 0.9  # of sgd; b1 of adamw
+    config.optim.weight_decay = 0.05  # of kernels only
+    config.optim.clip_norm = 1.0  # largest global norm of the gradient; 0: no clipping
+
+    config.eval = ConfigDict()
+    config.eval.every_steps = 1000  # steps; the last step is always evaluated
+    config.eval.batch_size = 200  # examples, over all devices and processes
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every_steps = 1000  # steps; evaluated steps are always saved
+    config.checkpoint.keep_latest = 2  # newest checkpoints kept, for resuming
+    config.checkpoint.keep_best = 1  # checkpoints of the highest eval/top1 kept beside them
+
+    config.mesh = ConfigDict()
+    config.mesh.data = 0  # devices over which only the batch is split; 0: all that fsdp leaves
+    config.mesh.fsdp = 1  # devices over which parameters are split too
+
+    config.log = ConfigDict()
+    config.log.every_steps = 50  # steps between rows of metrics
+    config.log.profile = False  # trace steps 10 to 14 for TensorBoard's profiler
+    return config

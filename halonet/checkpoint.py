@@ -1,0 +1,191 @@
+"""Checkpoints: Orbax, asynchronous, the latest and the best side by side.
+
+A checkpoint is a folder `checkpoints/<step>/` with two items: "state", the arrays of a train state,
+and "meta", a small JSON object (format version, step, what the data set was). Paths may be gs://.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+FORMAT_VERSION = 1
+FOLDER = "checkpoints"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, damaged or of another model. The message is one line."""
+
+    exit_code = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class _KeepSteps(preservation_policy.PreservationPolicy):
+    """Keeps what `steps()` names at the time of asking."""
+
+    steps: Callable[[], Sequence[int]]
+
+    def should_preserve(self, checkpoints, *, context):
+        keep = set(self.steps())
+        return [info.step in keep for info in checkpoints]
+
+
+class Checkpointer:
+    """Saves and restores the train states of one run.
+
+    Args:
+      workdir: the run's folder; checkpoints lie in `workdir/checkpoints`.
+      keep_latest: how many of the newest are kept.
+      best_steps: called at each save; the steps that are kept for being the best. The caller's own
+        record decides, because a step is evaluated after it was saved.
+    """
+
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        *,
+        keep_latest: int,
+        best_steps: Callable[[], Sequence[int]],
+    ):
+        policy = preservation_policy.AnyPreservationPolicy(
+            [preservation_policy.LatestN(keep_latest), _KeepSteps(best_steps)]
+        )
+        self._manager = ocp.CheckpointManager(
+            epath.Path(workdir) / FOLDER,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policy,
+                cleanup_tmp_directories=True,
+                enable_async_checkpointing=True,
+            ),
+        )
+
+    def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
+        """Starts saving; a failure of the save before this one is raised here."""
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(_as_dict(state)),
+                meta=ocp.args.JsonSave({"format_version": FORMAT_VERSION, "step": step, **meta}),
+            ),
+        )
+
+    def latest_step(self) -> int | None:
+        """The newest complete checkpoint, or None."""
+        return self._manager.latest_step()
+
+    def restore(self, step: int, abstract_state: Any) -> Any:
+        """The state at `step`, on the shardings of `abstract_state`.
+
+        Raises:
+          CheckpointError: where it is damaged or its arrays are not those of `abstract_state`.
+        """
+        path = self._manager.directory / str(step)
+        return type(abstract_state)(**restore_arrays(path, _as_dict(abstract_state)))
+
+    def check_errors(self) -> None:
+        """Raises what went wrong in a save since the last call, without waiting for it."""
+        self._manager.check_for_errors()
+
+    def wait(self) -> None:
+        """Returns when everything saved is durable."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, then ends the manager's threads."""
+        self._manager.close()
+
+
+def saved_steps(workdir: epath.PathLike) -> list[int]:
+    """The steps with a complete checkpoint under `workdir`, oldest first."""
+    folder = epath.Path(workdir) / FOLDER
+    if not folder.exists():
+        return []
+    return sorted(ocp.utils.checkpoint_steps(folder))
+
+
+def step_folder(workdir: epath.PathLike, step: int) -> epath.Path:
+    """The folder of one checkpoint.
+
+    Raises:
+      CheckpointError: where there is none of that step, listing those there are.
+    """
+    steps = saved_steps(workdir)
+    if step not in steps:
+        found = ", ".join(map(str, steps)) or "none"
+        raise CheckpointError(f"no checkpoint of step {step} in {workdir}; steps found: {found}")
+    return epath.Path(workdir) / FOLDER / str(step)
+
+
+def read_meta(folder: epath.PathLike) -> dict[str, Any]:
+    """The "meta" item of a checkpoint folder.
+
+    Raises:
+      CheckpointError: where `folder` is not a checkpoint, or of a newer format.
+    """
+    folder = epath.Path(folder)
+    try:
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+            meta = checkpointer.restore(folder / "meta")
+    except (FileNotFoundError, ValueError) as error:
+        raise CheckpointError(f"{folder} is not a readable checkpoint: {_line(error)}") from error
+    if meta["format_version"] > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{folder} has format version {meta['format_version']}, newer than this program's "
+            f"{FORMAT_VERSION}; update halonet"
+        )
+    return meta
+
+
+def restore_arrays(folder: epath.PathLike, target: dict[str, Any]) -> dict[str, Any]:
+    """The arrays of a checkpoint folder that `target` asks for.
+
+    Args:
+      folder: `checkpoints/<step>`.
+      target: any subset of a state's fields, with abstract arrays that carry their sharding.
+
+    Raises:
+      CheckpointError: where something is missing, damaged or of another shape.
+    """
+    folder = epath.Path(folder)
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            return checkpointer.restore(
+                folder / "state",
+                args=ocp.args.PyTreeRestore(
+                    item=target,
+                    restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+                    partial_restore=True,
+                ),
+            )
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"cannot restore {folder}: damaged, or of another model: {_line(error)}"
+        ) from error
+
+
+def _as_dict(state: Any) -> dict[str, Any]:
+    """A state's fields by name: what lies on disk does not depend on a Python class."""
+    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+
+
+def _line(error: Exception) -> str:
+    """The first line of an error: TensorStore's run to sixty."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+
+
+def abstract_on(tree: Any, shardings: Any) -> Any:
+    """Abstract arrays like those of `tree`, lying on `shardings` (a tree, or one for all)."""
+    if isinstance(shardings, jax.sharding.Sharding):
+        one = shardings
+        shardings = jax.tree.map(lambda _: one, tree)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        tree,
+        shardings,
+    )

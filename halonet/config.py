@@ -1,0 +1,206 @@
+"""The configuration of a run: read from the command line, checked, kept in the workdir.
+
+Everything that can be known to be wrong is refused here, in one line, before anything compiles.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from absl import flags
+from etils import epath
+from ml_collections import ConfigDict
+
+from halonet import optim
+from halonet.models import HaloNet, create_model
+
+# What may change between the starts of one run: none of it changes what is computed.
+MAY_CHANGE = ("log.", "checkpoint.", "mesh.", "data.data_dir", "data.threads", "eval.batch_size")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run. The message is one line."""
+
+    exit_code = 2
+
+
+def flatten(config: ConfigDict) -> dict[str, Any]:
+    """Keys with dots to values: {"model.name": "halonet_h0", ...}."""
+    return {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in _walk(config.to_dict(), "")
+    }
+
+
+def _walk(tree: dict[str, Any], prefix: str):
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _walk(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """absl's flag parser, with one clear line and exit code 2 for what it refuses.
+
+    Give it to `absl.app.run(main, flags_parser=...)`.
+    """
+    try:
+        return flags.FLAGS(list(argv))
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        print(f"error: {_explain(argv, error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _explain(argv: Sequence[str], error: Exception) -> str:
+    """What is wrong with the command line: the key, its value and the nearest good one."""
+    try:
+        known = list(flatten(flags.FLAGS.config))
+    except (flags.Error, AttributeError, TypeError):
+        return _one_line(error)
+    for argument in argv[1:]:
+        name, equals, value = argument.lstrip("-").partition("=")
+        if not argument.startswith("--") or not name.startswith("config."):
+            continue
+        key = name.removeprefix("config.")
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1, cutoff=0.5) or [
+                k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]
+            ]
+            hint = f"did you mean '{close[0]}'?" if close else "configs/default.py lists them"
+            return f"no config key '{key}' (value '{value}'); {hint}"
+        if equals and f"config.{key}" in str(error):
+            kind = type(_lookup(flags.FLAGS.config, key)).__name__
+            return f"config.{key}={value} is not of the key's type, {kind}"
+    return _one_line(error)
+
+
+def _lookup(config: ConfigDict, key: str) -> Any:
+    for part in key.split("."):
+        config = config[part]
+    return config
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def validate(config: ConfigDict, *, num_classes: int) -> HaloNet:
+    """Checks everything that does not need the data, and builds the model.
+
+    Args:
+      num_classes: of the data set.
+
+    Raises:
+      ConfigError: naming the key, its value and what would do.
+    """
+    flat = flatten(config)
+    positive = (
+        *("model.bn_group", "data.image_size", "data.batch_size", "optim.learning_rate"),
+        *("eval.every_steps", "eval.batch_size", "checkpoint.every_steps"),
+        *("checkpoint.keep_latest", "log.every_steps"),
+    )
+    for key in positive:
+        if flat[key] <= 0:
+            raise ConfigError(f"config.{key}={flat[key]} must be above 0")
+    not_negative = (
+        *("seed", "data.threads", "augment.rotate", "train.steps", "train.epochs"),
+        *("optim.weight_decay", "optim.clip_norm", "checkpoint.keep_best", "mesh.data"),
+    )
+    for key in not_negative:
+        if flat[key] < 0:
+            raise ConfigError(f"config.{key}={flat[key]} must not be negative")
+    fractions = ("augment.scale", "augment.translate", "train.label_smoothing")
+    for key in (*fractions, "train.ema_decay", "optim.warmup", "optim.momentum"):
+        if not 0 <= flat[key] < 1:
+            raise ConfigError(f"config.{key}={flat[key]} must be at least 0 and below 1")
+    for key in ("data.mean", "data.std"):
+        if len(flat[key]) != 3:
+            raise ConfigError(f"config.{key}={flat[key]} must have three numbers, one a channel")
+    if not (flat["train.steps"] or flat["train.epochs"]):
+        raise ConfigError("config.train.steps and config.train.epochs are both 0; set one of them")
+    choices = {"optim.name": optim.OPTIMIZERS, "model.dtype": ("float32", "bfloat16")}
+    for key, known in choices.items():
+        if flat[key] not in known:
+            raise ConfigError(f"config.{key}={flat[key]!r} is not one of {', '.join(known)}")
+
+    try:
+        model = build_model(config, num_classes=num_classes)
+    except ValueError as error:
+        raise ConfigError(f"config.model.name: {error}") from error
+    size = config.data.image_size
+    try:
+        model.check_image_size(size, size)
+    except ValueError as error:
+        raise ConfigError(f"config.data.image_size={size}: {error}") from error
+    check_devices("data.batch_size", config.data.batch_size, config.model.bn_group)
+    check_devices("eval.batch_size", config.eval.batch_size)
+    return model
+
+
+def build_model(config: ConfigDict, *, num_classes: int) -> HaloNet:
+    """The model that a configuration names."""
+    return create_model(
+        config.model.name,
+        num_classes=num_classes,
+        dtype=config.model.dtype,
+        bn_group=config.model.bn_group,
+    )
+
+
+def check_devices(key: str, batch_size: int, bn_group: int = 1) -> None:
+    """Refuses a batch that the devices cannot share in whole groups of batch-norm examples."""
+    devices = jax.device_count()
+    unit = devices * bn_group
+    if batch_size % unit:
+        groups = f" in groups of config.model.bn_group={bn_group}" if bn_group > 1 else ""
+        raise ConfigError(
+            f"config.{key}={batch_size} cannot be shared by {devices} devices{groups}; "
+            f"the nearest that can: {max(1, round(batch_size / unit)) * unit}"
+        )
+
+
+def total_steps(config: ConfigDict, examples: int) -> int:
+    """Optimizer steps of the whole run: `train.steps`, or else `train.epochs` of `examples`."""
+    batches = config.train.epochs * examples / config.data.batch_size
+    return config.train.steps or max(1, round(batches))
+
+
+def save_config(config: ConfigDict, workdir: epath.PathLike) -> None:
+    """Writes config.json, or checks that the one in `workdir` is of the same run.
+
+    Raises:
+      ConfigError: listing the keys that differ.
+    """
+    path = epath.Path(workdir) / "config.json"
+    if path.exists():
+        saved, now = flatten(load_config(workdir)), flatten(config)
+        differing = [
+            f"{key}: {saved.get(key)!r} there, {now.get(key)!r} now"
+            for key in sorted(saved.keys() | now.keys())
+            if saved.get(key) != now.get(key) and not key.startswith(MAY_CHANGE)
+        ]
+        if differing:
+            raise ConfigError(
+                f"{workdir} belongs to a run of another configuration ({'; '.join(differing)}); "
+                "take another --workdir, or the old values"
+            )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+
+
+def load_config(workdir: epath.PathLike) -> ConfigDict:
+    """The configuration of the run in `workdir`: data, never code.
+
+    Raises:
+      ConfigError: where there is none.
+    """
+    path = epath.Path(workdir) / "config.json"
+    if not path.exists():
+        raise ConfigError(f"{workdir} holds no run: there is no config.json in it")
+    return ConfigDict(json.loads(path.read_text()))

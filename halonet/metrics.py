@@ -1,0 +1,112 @@
+"""What a run measured: rows of numbers in files, and TensorBoard events beside them.
+
+A row is one JSON object on a line: "step", then names. `train/*` and `eval/*` hold only quantities
+that the same run would reproduce; rates and times go under `perf/*`. Each start of a run writes a
+part of its own, `metrics/000.jsonl`, `001.jsonl`, ...: object stores cannot append. The reader
+joins the parts and drops what a later start, from an earlier step, wrote again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+Row = dict[str, Any]
+PARTS = "metrics"
+EVENTS = "tensorboard"
+
+
+class MetricsLog:
+    """Writes the rows of one start of a run.
+
+    Args:
+      workdir: the run's folder.
+      start_step: the step from which this start goes on; 0 for a fresh run.
+      primary: whether this process writes; the others only keep what they are given.
+    """
+
+    def __init__(self, workdir: epath.PathLike, *, start_step: int, primary: bool = True):
+        workdir = epath.Path(workdir)
+        self._rows = read_metrics(workdir, until=start_step)
+        self._mine: list[Row] = [{"step": start_step, "perf/started": 1.0}]
+        self._path = None
+        self._events = None
+        if primary:
+            # TensorFlow comes with it, for the format of the event files: seconds, paid here only.
+            from clu import metric_writers
+
+            parts = workdir / PARTS
+            parts.mkdir(parents=True, exist_ok=True)
+            self._path = parts / f"{len(_part_paths(workdir)):03d}.jsonl"
+            self._path.write_text(_dump(self._mine))
+            self._events = metric_writers.AsyncWriter(
+                metric_writers.SummaryWriter(str(workdir / EVENTS))
+            )
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Adds a row; it is in the file on return.
+
+        Raises:
+          ValueError: for a name outside train/, eval/ and perf/.
+        """
+        for name in values:
+            if name.split("/")[0] not in ("train", "eval", "perf"):
+                raise ValueError(f"metric '{name}' must begin with train/, eval/ or perf/")
+        row = {"step": step, **{name: float(value) for name, value in values.items()}}
+        self._rows.append(row)
+        self._mine.append(row)
+        if self._path is not None:
+            # The whole part anew: a few hundred kB at most, and no append on an object store.
+            self._path.write_text(_dump(self._mine))
+            self._events.write_scalars(step, {name: row[name] for name in values})
+
+    def rows(self) -> list[Row]:
+        """The run's history up to now, earlier starts included."""
+        return list(self._rows)
+
+    def finish(self) -> None:
+        """Joins all parts into `metrics.jsonl`."""
+        if self._path is not None:
+            (self._path.parent.parent / "metrics.jsonl").write_text(_dump(self._rows))
+
+    def close(self) -> None:
+        """Flushes the event files."""
+        if self._events is not None:
+            self._events.close()
+            self._events = None
+
+
+def read_metrics(workdir: epath.PathLike, *, until: float = math.inf) -> list[Row]:
+    """The rows of a run in the order of its history.
+
+    Where a start went on from step s, rows of earlier starts beyond s are dropped: they were
+    measured again.
+
+    Args:
+      until: rows beyond this step are dropped too.
+    """
+    rows: list[Row] = []
+    for path in _part_paths(epath.Path(workdir)):
+        part = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+        if part:
+            rows = [row for row in rows if row["step"] <= part[0]["step"]] + part
+    return [row for row in rows if row["step"] <= until]
+
+
+def best_steps(rows: list[Row], count: int, name: str = "eval/top1") -> list[int]:
+    """The `count` steps with the highest `name`, best first; of equals, the later."""
+    scores = {row["step"]: row[name] for row in rows if name in row}
+    return sorted(scores, key=lambda step: (scores[step], step), reverse=True)[:count]
+
+
+def _part_paths(workdir: epath.Path) -> list[epath.Path]:
+    folder = workdir / PARTS
+    return sorted(folder.glob("[0-9]*.jsonl")) if folder.exists() else []
+
+
+def _dump(rows: list[Row]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)

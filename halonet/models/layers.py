@@ -1,0 +1,108 @@
+"""The layers around the attention: convolutions, dense products, grouped batch normalisation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+# He's initialisation with fan-in, as in the BoTNet authors' code (shared authors; HaloNet's own
+# is unpublished).
+he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+
+
+def matmul_precision(dtype: jax.typing.DTypeLike) -> jax.lax.Precision:
+    """The precision at which products of this dtype keep what the dtype promises.
+
+    A TPU multiplies float32 in one bfloat16 pass unless asked otherwise; whoever chose float32
+    asked for float32.
+    """
+    wide = jnp.dtype(dtype) in (jnp.dtype(jnp.float32), jnp.dtype(jnp.float64))
+    return jax.lax.Precision.HIGHEST if wide else jax.lax.Precision.DEFAULT
+
+
+class Conv1x1(nn.Module):
+    """A 1x1 convolution without bias: (N, H, W, C) -> (N, H/stride, W/stride, features).
+
+    Written as a matrix product over the kept pixels, which every backend runs at full speed.
+    """
+
+    features: int
+    stride: int = 1
+    kernel_init: Callable = he_normal
+    dtype: jax.typing.DTypeLike = jnp.float32
+    param_dtype: jax.typing.DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 f"]:
+        if self.stride > 1:
+            x = x[:, :: self.stride, :: self.stride]
+        shape = (x.shape[-1], self.features)
+        kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
+        return jnp.einsum(
+            "nhwc,cf->nhwf",
+            x.astype(self.dtype),
+            kernel.astype(self.dtype),
+            precision=matmul_precision(self.dtype),
+        )
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation over fixed groups of consecutive examples.
+
+    In training, each run of `group` examples is normalised by its own mean and variance over
+    (group, H, W), and the averages of the groups' statistics enter the running ones. So the forward
+    pass needs no communication between devices and the result does not depend on how many there
+    are, as long as `group` divides each device's share; gradient accumulation equals the large
+    batch for the same reason. `group` 0 takes the whole batch as one group.
+
+    Statistics are float32 whatever the compute dtype. Momentum 0.9 and epsilon 1e-5 are those of
+    the BoTNet authors' code.
+    """
+
+    group: int = 0
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+    scale_init: Callable = nn.initializers.ones
+    dtype: jax.typing.DTypeLike = jnp.float32
+    param_dtype: jax.typing.DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n h w c"], *, train: bool) -> Float[Array, "n h w c"]:
+        n, h, w, c = x.shape
+        scale = self.param("scale", self.scale_init, (c,), self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, (c,), self.param_dtype)
+        stats_dtype = jnp.promote_types(jnp.float32, x.dtype)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (c,), jnp.float32)
+        running_var = self.variable("batch_stats", "var", jnp.ones, (c,), jnp.float32)
+
+        if train:
+            group = self.group or n
+            if n % group:
+                raise ValueError(
+                    f"batch norm groups of {group} do not divide a batch of {n}; "
+                    f"take a batch that is a multiple of {group}, or a smaller model.bn_group"
+                )
+            x = x.reshape(n // group, group, h, w, c)
+            wide = x.astype(stats_dtype)
+            mean = wide.mean(axis=(1, 2, 3), keepdims=True)
+            # One pass over x for both moments; rounding may leave the difference below zero.
+            var = (wide**2).mean(axis=(1, 2, 3), keepdims=True) - mean**2
+            var = jnp.maximum(var, 0.0)
+            if not self.is_initializing():
+                keep = self.momentum
+                for running, new in ((running_mean, mean), (running_var, var)):
+                    new = new.mean(axis=0).reshape(c).astype(jnp.float32)
+                    running.value = keep * running.value + (1 - keep) * new
+        else:
+            mean = running_mean.value.astype(stats_dtype).reshape(1, 1, 1, c)
+            var = running_var.value.astype(stats_dtype).reshape(1, 1, 1, c)
+
+        gain = jax.lax.rsqrt(var + self.epsilon) * scale.astype(stats_dtype).reshape(
+            (1,) * (x.ndim - 1) + (c,)
+        )
+        shift = bias.astype(stats_dtype).reshape((1,) * (x.ndim - 1) + (c,)) - mean * gain
+        return (x * gain + shift).reshape(n, h, w, c).astype(self.dtype)

@@ -1,0 +1,180 @@
+"""The process: how it joins others, where compiled programs are kept, how it is told to stop."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Mapping
+
+import jax
+
+# TensorFlow, where it is imported, announces its CPU options at every start.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+PREEMPTED = 75  # exit code: saved, start me again (EX_TEMPFAIL)
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, and its state is saved."""
+
+    exit_code = PREEMPTED
+
+
+def join_processes(*, coordinator: str = "", process_id: int = -1, process_count: int = 0) -> str:
+    """Joins the processes of one run, before any device is used.
+
+    With `coordinator` ("host:port") all three must be given. Without it a cluster that says how
+    many processes it started (Slurm, Open MPI, a TPU pod) is joined, and otherwise this process is
+    the only one.
+
+    Returns:
+      A line for the log that says what was found.
+
+    Raises:
+      ValueError: where only some of the settings are given.
+    """
+    if coordinator or process_id >= 0 or process_count:
+        if not (coordinator and 0 <= process_id < process_count):
+            raise ValueError(
+                f"distributed.coordinator={coordinator!r}, distributed.process_id={process_id} and "
+                f"distributed.process_count={process_count} go together: host:port, and an id from "
+                "0 to count - 1"
+            )
+        jax.distributed.initialize(coordinator, process_count, process_id)
+        how = f"coordinator {coordinator}"
+    elif _cluster_size() > 1:
+        jax.distributed.initialize()
+        how = "detected from the environment"
+    else:
+        how = "alone"
+    return (
+        f"process {jax.process_index()} of {jax.process_count()} ({how}), "
+        f"{jax.local_device_count()} of {jax.device_count()} {jax.default_backend()} devices here"
+    )
+
+
+def _cluster_size() -> int:
+    """Processes that the launcher of this one says it started; 1 where none says anything."""
+    for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "JAX_NUM_PROCESSES"):
+        if os.environ.get(name, "").isdigit():
+            return int(os.environ[name])
+    return len([h for h in os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",") if h])
+
+
+def enable_compilation_cache() -> None:
+    """Keeps compiled programs on disk, unless JAX_COMPILATION_CACHE_DIR chose a place already."""
+    if not jax.config.jax_compilation_cache_dir:
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(home, "halonet", "xla"))
+
+
+class StopSignal:
+    """A context in which the first SIGTERM or Ctrl-C is noted, and a second ends the process.
+
+    For one process only: several must agree on the step, which a handler of one cannot bring about.
+    """
+
+    def __init__(self, enabled: bool):
+        self.name = ""
+        self._signals = (signal.SIGTERM, signal.SIGINT) if enabled else ()
+        self._previous = {}
+
+    def __enter__(self) -> StopSignal:
+        self._previous = {number: signal.signal(number, self._note) for number in self._signals}
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame) -> None:
+        self.name = signal.Signals(number).name
+        print(f"\n{self.name}: finishing this step and saving; again to leave at once", flush=True)
+        for other, handler in self._previous.items():
+            signal.signal(other, handler)
+
+
+class Progress:
+    """One live line on a terminal; elsewhere a plain line now and then.
+
+    Args:
+      total: steps of the run.
+      start: the step from which this start goes on.
+      images_per_step: the global batch.
+      enabled: whether this process prints.
+      interval: seconds between lines that are not on a terminal.
+    """
+
+    def __init__(
+        self,
+        *,
+        total: int,
+        start: int,
+        images_per_step: int,
+        enabled: bool = True,
+        interval: float = 10.0,
+    ):
+        self._total, self._images, self._enabled = total, images_per_step, enabled
+        self._live = sys.stdout.isatty()
+        self._interval = interval
+        self._last_print = -1e9
+        self._window = (time.perf_counter(), start, 0.0)
+        self._rate = 0.0
+
+    def rates(self, step: int, wait_seconds: float) -> dict[str, float]:
+        """Images per second and the share of the time waiting for data, since the last call."""
+        now = time.perf_counter()
+        then, since_step, since_wait = self._window
+        elapsed = max(now - then, 1e-9)
+        self._window = (now, step, wait_seconds)
+        self._rate = (step - since_step) * self._images / elapsed
+        return {
+            "perf/images_per_second": self._rate,
+            "perf/data_wait": (wait_seconds - since_wait) / elapsed,
+        }
+
+    def pause(self, seconds: float) -> None:
+        """Takes time that was not training (an evaluation) out of the current window."""
+        then, step, wait = self._window
+        self._window = (then + seconds, step, wait)
+
+    def show(self, step: int, values: Mapping[str, float]) -> None:
+        """Prints where the run is."""
+        now = time.perf_counter()
+        done = step >= self._total
+        if not self._enabled:
+            return
+        if not self._live and not done and now - self._last_print < self._interval:
+            return
+        self._last_print = now
+        left = (self._total - step) * self._images / self._rate if self._rate else float("nan")
+        line = (
+            f"step {step}/{self._total}  loss {values['train/loss']:.3f}  "
+            f"{self._rate:,.0f} images/s  {_duration(left)} left  "
+            f"waiting for data {values['perf/data_wait']:.0%}"
+        )
+        if self._live:
+            width = shutil.get_terminal_size().columns
+            print(f"\r{line[: width - 1]:<{width - 1}}", end="\n" if done else "", flush=True)
+        else:
+            print(line, flush=True)
+
+    def say(self, line: str) -> None:
+        """Prints a line of its own, clear of the live one."""
+        if not self._enabled:
+            return
+        if self._live:
+            width = shutil.get_terminal_size().columns
+            print("\r" + " " * (width - 1) + "\r", end="")
+        print(line, flush=True)
+
+
+def _duration(seconds: float) -> str:
+    if seconds != seconds:
+        return "?"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

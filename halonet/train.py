@@ -1,0 +1,323 @@
+"""The main job: config and workdir in, a trained model out. Read it from top to bottom."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+import json
+import math
+import time
+from typing import Any
+
+import jax
+from clu import parameter_overview
+from etils import epath
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from halonet import config as config_lib
+from halonet import evaluate as evaluate_lib
+from halonet import metrics as metrics_lib
+from halonet import optim, plots, runtime, sharding, steps
+from halonet.checkpoint import Checkpointer, abstract_on, read_meta, saved_steps, step_folder
+from halonet.data import device, pipeline, transforms
+from halonet.data.errors import DataError
+
+# Steps given to the devices ahead of the one whose result was last seen: enough to keep them busy,
+# few enough that the batches waiting there stay small.
+STEPS_IN_FLIGHT = 2
+
+
+class NonFinite(FloatingPointError):
+    """The loss is no number any more. The checkpoints are from before."""
+
+    exit_code = 5
+
+
+def train_and_evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
+    """Trains, or goes on with, the run in `workdir`, and returns its summary.
+
+    Args:
+      config: as configs/default.py declares it.
+      workdir: the run's folder; may be gs://.
+
+    Raises:
+      ConfigError, DataError: before anything compiles, in one line.
+      CheckpointError: where a checkpoint cannot be restored.
+      Interrupted: after a SIGTERM or Ctrl-C, the state being saved.
+      NonFinite: where the loss is no longer finite.
+    """
+    began = time.perf_counter()
+    workdir = epath.Path(workdir)
+    primary = jax.process_index() == 0
+
+    # Data, model and mesh: everything that can be refused is refused here.
+    train_source = evaluate_lib.open_split(config, config.data.train_split)
+    eval_source = evaluate_lib.open_split(config, config.data.eval_split)
+    model = config_lib.validate(config, num_classes=len(train_source.classes))
+    mesh = _make_mesh(config)
+    total = config_lib.total_steps(config, len(train_source))
+    meta = {
+        "data": {"train": train_source.fingerprint, "eval": eval_source.fingerprint},
+        "classes": list(train_source.classes),
+    }
+    start = max(saved_steps(workdir), default=0)
+    if start == total and (workdir / "summary.json").exists():
+        summary = json.loads((workdir / "summary.json").read_text())
+        _say_result(summary, workdir, "has ended already")
+        return summary
+    if start:
+        _check_same_data(read_meta(step_folder(workdir, start)), meta, workdir)
+    if primary:
+        config_lib.save_config(config, workdir)
+    multihost_utils.sync_global_devices("config.json is written")
+
+    # The state, abstract first: its shardings are known before any array exists.
+    schedule = optim.warmup_cosine(
+        peak=config.optim.learning_rate, total_steps=total, warmup=config.optim.warmup
+    )
+    tx = optim.make_optimizer(
+        config.optim.name,
+        learning_rate=schedule,
+        momentum=config.optim.momentum,
+        weight_decay=config.optim.weight_decay,
+        clip_norm=config.optim.clip_norm,
+    )
+    init = functools.partial(
+        steps.init_state,
+        init_fn=model.init,
+        tx=tx,
+        image_size=config.data.image_size,
+        ema=config.train.ema_decay > 0,
+    )
+    key = jax.random.key(config.seed)
+    abstract_state = jax.eval_shape(init, key)
+    shardings = sharding.state_shardings(abstract_state, mesh)
+
+    # Start, or go on from the newest checkpoint.
+    closing = contextlib.ExitStack()
+    log = metrics_lib.MetricsLog(workdir, start_step=start, primary=primary)
+    checkpointer = Checkpointer(
+        workdir,
+        keep_latest=config.checkpoint.keep_latest,
+        best_steps=lambda: metrics_lib.best_steps(log.rows(), config.checkpoint.keep_best),
+    )
+    closing.callback(log.close)
+    closing.callback(checkpointer.close)
+    if start:
+        state = checkpointer.restore(start, abstract_on(abstract_state, shardings))
+    else:
+        state = jax.jit(init, out_shardings=shardings)(key)
+
+    batches = device.prefetch(
+        pipeline.train_batches(
+            train_source,
+            batch_size=config.data.batch_size,
+            seed=config.seed,
+            start_step=start,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            augment=functools.partial(transforms.random_affine, **config.augment.to_dict()),
+            threads=config.data.threads,
+        ),
+        sharding.batch_sharding(mesh),
+    )
+    closing.callback(batches.close)
+    train_step = jax.jit(
+        functools.partial(
+            steps.train_step,
+            apply_fn=model.apply,
+            tx=tx,
+            learning_rate=schedule,
+            mean=tuple(config.data.mean),
+            std=tuple(config.data.std),
+            label_smoothing=config.train.label_smoothing,
+            ema_decay=config.train.ema_decay,
+        ),
+        donate_argnums=0,
+        in_shardings=(shardings, sharding.batch_sharding(mesh)),
+        out_shardings=(shardings, sharding.replicated(mesh)),
+    )
+    eval_step = evaluate_lib.make_eval_step(model, config)
+    profile = _profiler(workdir) if config.log.profile else None
+    progress = runtime.Progress(
+        total=total, start=start, images_per_step=config.data.batch_size, enabled=primary
+    )
+
+    def record(step: int, metrics: steps.Metrics) -> None:
+        """Writes the row of one step."""
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        count = values.pop("count")
+        values |= {name: values[name] / count for name in ("loss", "top1")}
+        if not math.isfinite(values["loss"]):
+            raise NonFinite(
+                f"the loss of step {step} is {values['loss']}; the checkpoints in {workdir} are "
+                "from before; a smaller optim.learning_rate or optim.clip_norm may help"
+            )
+        row = {f"train/{name}": value for name, value in values.items()}
+        row |= progress.rates(step, batches.wait_seconds)
+        log.write(step, row)
+        progress.show(step, row)
+
+    def evaluate(step: int) -> None:
+        """Scores the averaged weights, where they are kept, and writes the row."""
+        started = time.perf_counter()
+        variables = state.ema or {"params": state.params, "batch_stats": state.batch_stats}
+        scores = evaluate_lib.evaluate(
+            eval_step, variables, evaluate_lib.eval_batches(config, eval_source, mesh)
+        )
+        seconds = time.perf_counter() - started
+        row = {f"eval/{name}": value for name, value in scores.items()}
+        log.write(step, {**row, "perf/eval_seconds": seconds})
+        progress.pause(seconds)
+        progress.say(
+            f"step {step}: held-out top-1 {100 * scores['top1']:.2f} %, loss {scores['loss']:.4f}"
+        )
+
+    def eval_due(step: int) -> bool:
+        return step == total or step % config.eval.every_steps == 0
+
+    _introduce(progress, config, workdir, abstract_state.params, mesh, start=start, total=total)
+    with closing, runtime.StopSignal(enabled=jax.process_count() == 1) as stop:
+        if start and eval_due(start) and not _evaluated(log.rows(), start):
+            evaluate(start)
+        in_flight: collections.deque[jax.Array] = collections.deque()
+        unrecorded = None
+        for step in range(start + 1, total + 1):
+            state, metrics = train_step(state, next(batches))
+            # From here on the devices have work: what earlier steps returned may be read.
+            if unrecorded:
+                record(*unrecorded)
+            in_flight.append(metrics["count"])
+            if len(in_flight) > STEPS_IN_FLIGHT:
+                in_flight.popleft().block_until_ready()
+            checkpointer.check_errors()
+            if profile:
+                profile(step)
+
+            stopping = stop.name
+            save = eval_due(step) or step % config.checkpoint.every_steps == 0 or stopping
+            unrecorded = (step, metrics) if save or step % config.log.every_steps == 0 else None
+            if save:
+                # A checkpoint never knows more than the record: its row is written first.
+                record(*unrecorded)
+                unrecorded = None
+                checkpointer.save(step, state, meta)
+            if eval_due(step):
+                evaluate(step)
+            if stopping and step < total:
+                raise runtime.Interrupted(
+                    f"{stopping} at step {step} of {total}: saved; the same command goes on"
+                )
+        checkpointer.wait()
+
+        variables = state.ema or {"params": state.params, "batch_stats": state.batch_stats}
+        evaluate_lib.draw_predictions(
+            evaluate_lib.make_predict_step(model, config, mesh),
+            variables,
+            eval_source,
+            workdir / "predictions.png",
+            config=config,
+            mesh=mesh,
+        )
+    summary = _summarise(log.rows(), total, abstract_state.params, time.perf_counter() - began)
+    if primary:
+        log.finish()
+        plots.learning_curves(log.rows(), workdir / "curves.png")
+        (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        _say_result(summary, workdir, "is done")
+    return summary
+
+
+def _make_mesh(config: ConfigDict) -> jax.sharding.Mesh:
+    try:
+        return sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
+    except ValueError as error:
+        raise config_lib.ConfigError(f"config.{error}") from error
+
+
+def _check_same_data(saved: dict[str, Any], now: dict[str, Any], workdir: epath.Path) -> None:
+    """Refuses to go on with a run on other data: its order and its numbers would be another's."""
+    for split, fingerprint in now["data"].items():
+        if saved["data"][split] != fingerprint:
+            raise DataError(
+                f"the {split} data of the run in {workdir} was {saved['data'][split]} and is "
+                f"{fingerprint} now; restore that data or take another --workdir"
+            )
+
+
+def _evaluated(rows: list[metrics_lib.Row], step: int) -> bool:
+    return any(row["step"] == step and "eval/top1" in row for row in rows)
+
+
+def _profiler(workdir: epath.Path):
+    """A trace of steps 10 to 14, beside the TensorBoard events."""
+    from clu import periodic_actions
+
+    return periodic_actions.Profile(
+        logdir=str(workdir / metrics_lib.EVENTS),
+        first_profile=10,
+        num_profile_steps=5,
+        profile_duration_ms=0,
+        every_secs=None,
+    )
+
+
+def _introduce(
+    progress: runtime.Progress,
+    config: ConfigDict,
+    workdir: epath.Path,
+    params: Any,
+    mesh: jax.sharding.Mesh,
+    *,
+    start: int,
+    total: int,
+) -> None:
+    """Says what is about to happen, and writes the full table of parameters."""
+    table = {top: parameter_overview.count_parameters(tree) for top, tree in sorted(params.items())}
+    width = max(map(len, table))
+    for top, count in table.items():
+        progress.say(f"  {top:<{width}} {count:>12,}")
+    progress.say(f"  {'parameters':<{width}} {sum(table.values()):>12,}")
+    if jax.process_index() == 0:
+        overview = parameter_overview.get_parameter_overview(params, include_stats=False)
+        (workdir / "parameters.txt").write_text(overview + "\n")
+    progress.say(
+        f"{config.model.name} on {config.data.name}: steps {start} to {total} of "
+        f"{config.data.batch_size} images, on {mesh.size} {jax.default_backend()} device(s), "
+        f"into {workdir}"
+    )
+    if start:
+        progress.say(f"going on from the checkpoint of step {start}")
+
+
+def _summarise(
+    rows: list[metrics_lib.Row], total: int, params: Any, seconds: float
+) -> dict[str, Any]:
+    """What summary.json holds: the last evaluation, the best one, size and speed."""
+    evaluations = [row for row in rows if "eval/top1" in row]
+    rates = [row["perf/images_per_second"] for row in rows if "perf/images_per_second" in row]
+    best = metrics_lib.best_steps(rows, 1)[0]
+    return {
+        "step": total,
+        **{name: value for name, value in evaluations[-1].items() if name.startswith("eval/")},
+        "best/step": best,
+        "best/top1": max(row["eval/top1"] for row in evaluations if row["step"] == best),
+        "parameters": int(parameter_overview.count_parameters(params)),
+        "perf/images_per_second": sorted(rates)[len(rates) // 2],
+        "perf/seconds": seconds,
+    }
+
+
+def _say_result(summary: dict[str, Any], workdir: epath.Path, what: str) -> None:
+    if jax.process_index() == 0:
+        print(
+            f"\n{workdir} {what}: held-out top-1 {100 * summary['eval/top1']:.2f} % of "
+            f"{summary['eval/count']:.0f} after {summary['step']} steps "
+            f"(best {100 * summary['best/top1']:.2f} % at step {summary['best/step']}); "
+            f"{summary['perf/images_per_second']:,.0f} images/s, "
+            f"{summary['perf/seconds']:.0f} s since its last start\n"
+            f"  {workdir}/curves.png, predictions.png, summary.json, metrics.jsonl, tensorboard/\n"
+            f'  in Python: run = halonet.load_run("{workdir}")'
+        )

@@ -1,0 +1,63 @@
+"""Trains or evaluates a HaloNet.
+
+python main.py --config=configs/mnist.py --workdir=runs/mnist
+python main.py --config=configs/mnist.py --workdir=runs/mnist --mode=evaluate
+"""
+
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from halonet import runtime
+from halonet.config import parse_flags
+
+FLAGS = flags.FLAGS
+config_flags.DEFINE_config_file("config", None, "a file of configs/; --config.key=value overrides")
+flags.DEFINE_string("workdir", None, "folder of the run, may be gs://; the same one resumes")
+flags.DEFINE_enum("mode", "train", ["train", "evaluate"], "what to do")
+flags.DEFINE_string("evaluate.step", "best", "best, latest or a number")
+flags.DEFINE_string("evaluate.checkpoint", "", "a run's folder or checkpoint besides the workdir's")
+flags.DEFINE_enum("evaluate.weights", "", ["", "ema", "raw"], "empty: averaged where kept")
+flags.DEFINE_string("distributed.coordinator", "", "host:port of process 0; empty: detected")
+flags.DEFINE_integer("distributed.process_id", -1, "of this process, with a coordinator")
+flags.DEFINE_integer("distributed.process_count", 0, "of the run, with a coordinator")
+FLAGS.set_default("verbosity", -1)  # warnings; the libraries' own progress with --verbosity=0
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    try:
+        runtime.enable_compilation_cache()
+        print(
+            runtime.join_processes(
+                coordinator=FLAGS["distributed.coordinator"].value,
+                process_id=FLAGS["distributed.process_id"].value,
+                process_count=FLAGS["distributed.process_count"].value,
+            )
+        )
+        if FLAGS.mode == "train":
+            from halonet.train import train_and_evaluate
+
+            train_and_evaluate(FLAGS.config, FLAGS.workdir)
+        else:
+            from halonet.evaluate import evaluate_checkpoint
+
+            evaluate_checkpoint(
+                FLAGS.config,
+                FLAGS.workdir,
+                step=FLAGS["evaluate.step"].value,
+                checkpoint=FLAGS["evaluate.checkpoint"].value,
+                weights=FLAGS["evaluate.weights"].value,
+            )
+    except Exception as error:
+        code = getattr(error, "exit_code", None)
+        if code is None:
+            raise
+        print(f"error: {error}" if code != runtime.PREEMPTED else error, file=sys.stderr)
+        sys.exit(code)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)
