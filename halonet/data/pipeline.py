@@ -30,7 +30,7 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
     augment: Augment | None = None,
-    threads: int = 2,
+    threads: int = 1,
     prefetch: int = 4,
 ) -> collections.abc.Iterator[Batch]:
     """Endless training batches, each epoch in a new order.
@@ -47,7 +47,8 @@ def train_batches(
       process_count: P; must divide the batch.
       augment: applied to each image, with a Generator that depends on the seed and on the position
         in the stream, so that an example is changed differently in each epoch.
-      threads: how many batches are made at once; 0 makes them in the caller's thread.
+      threads: how many batches are made at once; 0 makes them in the caller's thread. One is best
+        for small images, whose cost is Python's; decoding JPEGs lets go of the interpreter's lock.
       prefetch: how many batches are kept ready.
 
     Yields {"image": uint8 (B/P, H, W, 3), "label": int32 (B/P,)}, in arrays that nobody else holds.
@@ -68,7 +69,7 @@ def train_batches(
     # Batched here and not after to_iter_dataset: each batch is made whole by one thread, and which
     # examples it holds is arithmetic on its index.
     batches = mine.batch(local, drop_remainder=True, batch_fn=_stack)
-    return iter(batches[start_step:].to_iter_dataset(_read_options(threads, prefetch)))
+    return _iterate(batches[start_step:], threads, prefetch)
 
 
 def eval_batches(
@@ -77,7 +78,7 @@ def eval_batches(
     batch_size: int,
     process_index: int = 0,
     process_count: int = 1,
-    threads: int = 2,
+    threads: int = 1,
     prefetch: int = 4,
 ) -> collections.abc.Iterator[Batch]:
     """Every example once, in file order; the last batch is filled up with zeros.
@@ -102,7 +103,7 @@ def eval_batches(
         return {**_stack(real), "mask": np.arange(local) < local - filling}
 
     steps = grain.MapDataset.range(-(-examples // batch_size))
-    return iter(steps.map(make).to_iter_dataset(_read_options(threads, prefetch)))
+    return _iterate(steps.map(make), threads, prefetch)
 
 
 class _ProcessSlice(grain.MapDataset):
@@ -145,8 +146,20 @@ def _local_size(batch_size: int, process_index: int, process_count: int) -> int:
     return batch_size // process_count
 
 
-def _read_options(threads: int, prefetch: int) -> grain.ReadOptions:
+def _iterate(
+    batches: grain.MapDataset, threads: int, prefetch: int
+) -> collections.abc.Generator[Batch, None, None]:
     # Grain wants both or neither, and more threads than batches in flight would only wait.
     if threads == 0 or prefetch == 0:
-        return grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, prefetch))
+        options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    else:
+        options = grain.ReadOptions(
+            num_threads=threads, prefetch_buffer_size=max(threads, prefetch)
+        )
+    iterator = iter(batches.to_iter_dataset(options))
+    # Grain's own iterator keeps its threads when it is exhausted, and until a garbage collection
+    # when it is dropped; an evaluation every few minutes would gather them.
+    try:
+        yield from iterator
+    finally:
+        iterator.close()

@@ -5,6 +5,8 @@ classification data set that TFDS has prepared as ArrayRecord. Nothing here down
 nothing imports TensorFlow.
 """
 
+import collections.abc
+import difflib
 import hashlib
 import importlib.util
 import os
@@ -68,6 +70,8 @@ def open_source(name: str, split: str, *, data_dir: str = "", image_size: int) -
                 f"data set {name!r} must be written fake:EXAMPLES:CLASSES, such as fake:50000:1000"
             )
         return FakeImages(split, int(match[1]), int(match[2]), image_size=image_size)
+    if not re.fullmatch(r"\w[\w/.-]*(:[\w.]+)?", name):
+        raise ValueError(f"data set {name!r} is no name; such as mnist5k or imagenet2012")
     return TfdsImages(name, split, data_dir=data_dir, image_size=image_size)
 
 
@@ -89,12 +93,15 @@ class EmbeddedDigits:
                 f"{_DIGIT_SIDE} pixels; 32 is usual"
             )
         pixels, labels = _read_digits()
-        keys = [hashlib.sha256(digit.tobytes()).digest() for digit in pixels]
-        held_out = np.zeros(len(labels), bool)
-        by_key = np.array(sorted(range(len(keys)), key=keys.__getitem__))
+        digests = [hashlib.sha256(digit.tobytes()).digest() for digit in pixels]
+        held_out: set[int] = set()
         for digit in range(10):
-            held_out[by_key[labels[by_key] == digit][:_DIGITS_HELD_OUT]] = True
-        chosen = by_key[held_out[by_key] == (split == "test")]
+            these = np.flatnonzero(labels == digit).tolist()
+            held_out.update(sorted(these, key=digests.__getitem__)[:_DIGITS_HELD_OUT])
+        chosen = [i for i in range(len(labels)) if (i in held_out) == (split == "test")]
+        # By the other half of the digest: by the same one the split for training would begin with
+        # the few digits that were held out least.
+        chosen.sort(key=lambda i: digests[i][16:])
 
         before = (image_size - _DIGIT_SIDE) // 2
         after = image_size - _DIGIT_SIDE - before
@@ -184,7 +191,9 @@ class TfdsImages:
         # Late, since it takes half a second that the other sources need not pay.
         import tensorflow_datasets as tfds
 
-        folder = _prepared_folder(tfds.core.Path, name, data_dir)
+        default = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
+        # A path of etils, so that a bucket will do too.
+        folder = _prepared_folder(tfds.core.Path(data_dir or default).expanduser(), name)
         builder = tfds.builder_from_directory(folder)
         info = builder.info
         _check_split(name, split, tuple(info.splits), info.splits)
@@ -204,21 +213,28 @@ class TfdsImages:
         try:
             self._records = builder.as_data_source(
                 split,
-                # Only these two are decoded, and the image stays in its own bytes: TFDS would
-                # decode it with a codec of its choice.
-                decoders=tfds.decode.PartialDecoding(
-                    {"image": True, "label": True},
-                    decoders={"image": tfds.decode.SkipDecoding()},
-                ),
+                # The image stays in its own bytes: the codec is ours to choose.
+                decoders={"image": tfds.decode.SkipDecoding()},
             )
         except (OSError, ValueError, RuntimeError) as error:
-            raise DataError(f"data set {name!r} in {folder} cannot be opened: {error}") from error
+            raise DataError(
+                f"data set {name!r} in {folder} cannot be opened: {_line(error)}"
+            ) from error
+        # Otherwise a missing shard is noticed when its first example is due, hours later perhaps.
+        there = {path.name for path in folder.iterdir()}
+        shards = [part.filename for part in info.splits[split].file_instructions]
+        gone = sorted({pathlib.PurePath(shard).name for shard in shards} - there)
+        if gone:
+            raise DataError(
+                f"data set {name!r} in {folder} lacks {len(gone)} of the {len(set(shards))} shards "
+                f"of split {split!r}: {_listed(gone, most=2)}"
+            )
         self.name = name
         self.split = split
         self.classes = tuple(info.features["label"].names)
         self._image_size = image_size
-        shards = [info.splits[key].shard_lengths for key in info.splits]
-        known = repr((shards, self.classes)).encode()
+        lengths = [info.splits[key].shard_lengths for key in info.splits]
+        known = repr((lengths, self.classes)).encode()
         self.fingerprint = {
             "name": name,
             "split": split,
@@ -232,7 +248,12 @@ class TfdsImages:
 
     def __getitem__(self, index: int) -> Example:
         where = f"example {index} of split {self.split!r} of data set {self.name!r}"
-        record = self._records[index]
+        try:
+            record = self._records[index]
+        except (OSError, ValueError, RuntimeError) as error:
+            raise DataError(f"{where} cannot be read: {_line(error)}") from error
+        if record["image"] is None or record["label"] is None:  # what a shard cut short gives
+            raise DataError(f"{where} cannot be read: its record is empty, the shard is damaged")
         label = int(record["label"])
         if not 0 <= label < len(self.classes):
             raise DataError(
@@ -242,30 +263,34 @@ class TfdsImages:
         try:
             image = transforms.decode(record["image"])
         except (OSError, SyntaxError) as error:  # Pillow reports a broken PNG as SyntaxError
-            raise DataError(f"{where} is not a readable image: {error}") from error
+            raise DataError(f"{where} is not a readable image: {_line(error)}") from error
         image = transforms.resize_shorter(image, self._image_size)
         return {"image": transforms.center_crop(image, self._image_size), "label": label}
 
 
-def _prepared_folder(path_type: type, name: str, data_dir: str) -> typing.Any:
-    """The folder with dataset_info.json of `name`, by default of its newest version.
+def _prepared_folder(root: typing.Any, name: str) -> typing.Any:
+    """The folder with dataset_info.json of `name` under `root`, by default of its newest version.
 
     Looking first is what makes the message right: TFDS complains about file formats when nothing is
     there, and tries to download for minutes when it knows the name.
     """
     base, _, version = name.partition(":")
-    default = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
-    root = path_type(data_dir or default).expanduser()
-    found = sorted(
-        entry.name
-        for entry in (root.iterdir() if root.is_dir() else ())
-        if entry.is_dir() and not entry.name.startswith((".", "downloads"))
-    )
-    if not root.is_dir() or not (root / base).is_dir():
-        what = f"found: {_listed(found)}" if root.is_dir() else "there is no such folder"
+    if not root.is_dir():
         raise DataError(
-            f"data set {name!r} not found under {root} ({what}); "
+            f"data set {name!r} not found: there is no folder {root}; "
             "prepare it there or set data.data_dir"
+        )
+    if not (root / base).is_dir():
+        found = sorted(
+            entry.name
+            for entry in root.iterdir()
+            if entry.is_dir() and not entry.name.startswith(".") and entry.name != "downloads"
+        )
+        near = difflib.get_close_matches(name, (*found, "mnist5k"), n=1)
+        raise DataError(
+            f"data set {name!r} not found under {root} (found: {_listed(found)}); "
+            + (f"did you mean {near[0]!r}, or else " if near else "")
+            + "prepare it there or set data.data_dir"
         )
     versions = {
         entry.name: entry
@@ -277,7 +302,9 @@ def _prepared_folder(path_type: type, name: str, data_dir: str) -> typing.Any:
     if versions and not version:
         return versions[max(versions, key=_version_key)]
     inside = sorted(entry.name for entry in (root / base).iterdir() if entry.is_dir())
-    configs = [f"{base}/{entry}" for entry in inside if not re.match(r"\d+\.\d+\.\d+", entry)]
+    configs = [
+        f"{base}/{entry}" for entry in inside if not re.match(r"\d+\.\d+\.\d+|incomplete\.", entry)
+    ]
     if versions:
         what = f"has no version {version!r} (found: {_listed(sorted(versions))})"
     elif configs:
@@ -301,11 +328,16 @@ def _check_split(name: str, split: str, known: tuple[str, ...], splits: typing.A
     try:
         examples = splits[split].num_examples
     except (ValueError, KeyError, AssertionError) as error:
-        raise DataError(f"data set {name!r} cannot give split {split!r}: {error}") from error
+        raise DataError(f"data set {name!r} cannot give split {split!r}: {_line(error)}") from error
     if examples == 0:
         raise DataError(f"split {split!r} of data set {name!r} has 0 examples")
 
 
-def _listed(names: typing.Iterable[str], most: int = 12) -> str:
+def _listed(names: collections.abc.Iterable[str], most: int = 12) -> str:
     names = list(names)
     return (", ".join(names[:most]) + (", ..." if len(names) > most else "")) or "nothing"
+
+
+def _line(error: Exception) -> str:
+    """The first line of what another library says, since ours is one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

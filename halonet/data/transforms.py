@@ -11,6 +11,8 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import Image
 
+Real = float | int
+
 
 def decode(encoded: bytes) -> UInt8[np.ndarray, "h w 3"]:
     """Decodes JPEG, PNG or whatever else Pillow reads to RGB.
@@ -57,7 +59,7 @@ def normalize(
 
 
 def affine(
-    image: UInt8[np.ndarray, "h w 3"], *, angle: float, factor: float, shift: tuple[float, float]
+    image: UInt8[np.ndarray, "h w 3"], *, angle: Real, factor: Real, shift: tuple[Real, Real]
 ) -> UInt8[np.ndarray, "h w 3"]:
     """Rotates and enlarges about the centre, then shifts; bilinear, zeros from outside.
 
@@ -87,9 +89,9 @@ def random_affine(
     image: UInt8[np.ndarray, "h w 3"],
     rng: np.random.Generator,
     *,
-    rotate: float,
-    scale: float,
-    translate: float,
+    rotate: Real,
+    scale: Real,
+    translate: Real,
 ) -> UInt8[np.ndarray, "h w 3"]:
     """A random rotation, enlargement and shift, composed about the centre.
 

