@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
     config.data.batch_size = 128  # examples per step, over all devices and processes
     config.data.mean = (0.485, 0.456, 0.406)  # per channel, white is 1: ImageNet's
     config.data.std = (0.229, 0.224, 0.225)
-    config.data.threads = 4  # host threads that read and augment, per process
+    config.data.threads = 1  # host threads that read and augment, per process
 
     config.augment = ConfigDict()
     config.augment.rotate = 0.0  # degrees either way

