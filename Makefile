@@ -1,0 +1,56 @@
+# `make demo` and `make test` are all a newcomer needs; each installs what it needs into .venv.
+PYTHON ?= python3
+# An interpreter of one's choice gets an environment of its own.
+VENV := $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
+BIN := $(VENV)/bin
+RUN := PYTHONPATH=. $(BIN)/python
+WORKDIR ?= runs/demo
+ARGS ?=
+# Tests are spread over the cores, but not over more processes than memory likes.
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$(( n > 8 ? 8 : n )))
+
+.PHONY: help install demo test middle long lint lock
+
+help:
+	@echo "make demo    train halonet_tiny on 4,000 digits and show what came of it (runs/demo)"
+	@echo "make test    the tests, in minutes"
+	@echo "make middle  the longer tests that CI adds"
+	@echo "make long    the exhaustive ones; records their results in tests/records/"
+	@echo "make lint    ruff, format and lint"
+	@echo "make lock    resolve requirements.txt anew (needs uv)"
+	@echo "PYTHON=python3.12 chooses the interpreter."
+
+install: $(VENV)/installed
+
+$(VENV)/installed: requirements.lock
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v >= (3, 11) else \
+	  "error: Python %d.%d is too old, 3.11 or later is needed: make PYTHON=python3.12 ..." % v)'
+	@echo "installing into $(VENV): a minute, once"
+	@$(PYTHON) -m venv $(VENV)
+	@if command -v uv >/dev/null; then \
+	  uv pip sync --quiet --python $(BIN)/python --require-hashes requirements.lock; \
+	else \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes \
+	    -r requirements.lock; \
+	fi
+	@touch $@
+
+demo: install
+	@$(RUN) main.py --config=configs/demo.py --workdir=$(WORKDIR) $(ARGS)
+
+test: install
+	@$(RUN) -m pytest -q -n $(JOBS) -m "not middle and not long" $(ARGS)
+
+middle: install
+	@$(RUN) -m pytest -q -m middle $(ARGS)
+
+long: install
+	@$(RUN) -m pytest -q -n $(JOBS) -m long --record=tests/records/long.json $(ARGS)
+
+lint: install
+	@$(BIN)/ruff format --check . && $(BIN)/ruff check .
+
+lock:
+	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+	  --no-emit-index-url --custom-compile-command "make lock" requirements-dev.txt \
+	  --output-file requirements.lock
