@@ -1,0 +1,267 @@
+"""Who may import whom, read from the sources: the table of the design, and it can fail."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+OURS = ("halonet", "configs", "experiments", "main")
+EVERYWHERE = {"jaxtyping", *sys.stdlib_module_names}
+# Paths may be gs:// wherever files are opened, and these open none.
+WITHOUT_PATHS = ("halonet.ops", "halonet.models", "configs")
+
+# The op as other layers see it; what else lies in halonet.ops is its own affair.
+OP = "halonet.ops.halo_attention"
+
+# module or package: (ours, third party anywhere, third party inside functions only). Ours are named
+# from halonet on. The longest name that fits a module counts; a module without one is refused.
+TABLE = {
+    "halonet": ("models run ops.halo_attention", "", ""),
+    "halonet.ops": ("ops", "jax numpy", ""),
+    "halonet.models": ("ops.halo_attention models", "flax jax numpy", ""),
+    "halonet.models.__main__": ("models", "absl ml_collections", ""),
+    "halonet.models.convert": ("models", "flax jax numpy", "safetensors torch"),
+    "halonet.models.convert.__main__": ("models checkpoint", "absl ml_collections", ""),
+    "halonet.data": ("data", "PIL grain numpy", ""),
+    "halonet.data.__main__": ("data", "absl ml_collections", ""),
+    "halonet.data.device": ("data", "jax numpy", ""),
+    "halonet.data.prepare": ("data", "PIL numpy", "tensorflow tensorflow_datasets"),
+    "halonet.data.sources": ("data", "PIL numpy", "tensorflow_datasets"),
+    "halonet.optim": ("", "jax optax", ""),
+    "halonet.sharding": ("", "jax", ""),
+    "halonet.checkpoint": ("", "jax orbax", ""),
+    "halonet.metrics": ("", "", "clu"),
+    "halonet.runtime": ("", "jax", ""),
+    "halonet.plots": ("", "matplotlib numpy", ""),
+    "halonet.steps": ("", "jax numpy optax", ""),
+    "halonet.config": ("models optim", "absl jax ml_collections", ""),
+    "halonet.run": (
+        "models data steps checkpoint sharding plots config",
+        "jax ml_collections numpy",
+        "",
+    ),
+    "halonet.evaluate": (
+        "models data steps checkpoint sharding plots config",
+        "jax ml_collections numpy",
+        "",
+    ),
+    "halonet.train": (
+        "models data steps checkpoint sharding plots config run evaluate metrics optim runtime",
+        "clu jax ml_collections numpy",
+        "",
+    ),
+    "halonet.export": (
+        "models steps optim sharding checkpoint run config",
+        "jax ml_collections",
+        "",
+    ),
+    "halonet.plan": (
+        "models steps optim sharding checkpoint run config",
+        "jax ml_collections",
+        "",
+    ),
+    "main": ("train evaluate export plan config runtime", "absl ml_collections", ""),
+    "configs": ("configs.default", "ml_collections", ""),
+    "experiments": (
+        "halonet configs experiments",
+        "absl ml_collections pandas submitit",
+        "",
+    ),
+}
+# Below these, functions take plain keyword arguments.
+KNOW_THE_CONFIG = {
+    *("main", "halonet.train", "halonet.evaluate", "halonet.run", "halonet.config"),
+    *("halonet.export", "halonet.plan"),
+}
+
+LIBRARY = [*sorted((ROOT / "halonet").rglob("*.py")), ROOT / "main.py"]
+SOURCES = [*LIBRARY, *sorted(ROOT.glob("configs/*.py")), *sorted(ROOT.glob("experiments/*.py"))]
+TESTS = sorted((ROOT / "tests").glob("*.py"))
+
+
+def module_name(path):
+    """halonet/data/__init__.py -> halonet.data"""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def named(path):
+    return str(path.relative_to(ROOT))
+
+
+def within(name, package):
+    return name == package or name.startswith(package + ".")
+
+
+def imports(source):
+    """(dotted name, whether at the top level) of all that is imported, names included."""
+
+    def walk(node, top):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                yield from ((alias.name, top) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                module = "." * child.level + (child.module or "")
+                yield from ((f"{module}.{alias.name}", top) for alias in child.names)
+            inside = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            yield from walk(child, top and not inside)
+
+    return list(walk(ast.parse(source), True))
+
+
+def rule_of(module):
+    # "halonet" is the line of halonet/__init__.py alone, not of every module that has none.
+    fitting = (line for line in TABLE if within(module, line) and line != "halonet")
+    return "halonet" if module == "halonet" else max(fitting, key=len, default=None)
+
+
+def violations(module, source):
+    """What `module` imports and may not."""
+    line = rule_of(module)
+    if line is None:
+        return [f"{module} is not in the table"]
+    own, anywhere, inside = (names.split() for names in TABLE[line])
+    own = [it if it.split(".")[0] in OURS else f"halonet.{it}" for it in own]
+    if not any(within(module, it) for it in WITHOUT_PATHS):
+        anywhere.append("etils.epath")
+    found = []
+    for name, top in imports(source):
+        if name.startswith("."):
+            found.append(f"{module} imports {name}: imports are absolute")
+        elif name.split(".")[0] in OURS:
+            private = [part for part in name.split(".") if part[0] == "_" and part[:2] != "__"]
+            # The op is a name: what lies deeper in the module of that name is not public.
+            allowed = any(name == it if it == OP else within(name, it) for it in own)
+            if private or not (allowed or within(name, module)):
+                found.append(f"{module} imports {name}")
+        elif name.split(".")[0] in EVERYWHERE or any(within(name, it) for it in anywhere):
+            continue
+        elif not any(within(name, it) for it in inside):
+            found.append(f"{module} imports {name}")
+        elif top:
+            found.append(f"{module} imports {name} outside a function")
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=named)
+def test_imports_follow_the_table(path):
+    assert violations(module_name(path), path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "wrong"),
+    [
+        ("halonet.ops.xla", "import flax.linen as nn", "halonet.ops.xla imports flax.linen"),
+        ("halonet.ops.xla", "from etils import epath", "halonet.ops.xla imports etils.epath"),
+        ("halonet.plots", "from etils import edc", "halonet.plots imports etils.edc"),
+        ("halonet.models.layers", "from halonet.ops import xla", "imports halonet.ops.xla"),
+        (
+            "halonet.models.layers",
+            "from halonet.ops.halo_attention import _check",
+            "imports halonet.ops.halo_attention._check",
+        ),
+        ("halonet.steps", "from halonet import models", "halonet.steps imports halonet.models"),
+        ("halonet.data.pipeline", "if True:\n    import jax", "pipeline imports jax"),
+        ("halonet.data.pipeline", "def f():\n    import tensorflow", "imports tensorflow"),
+        ("halonet.models.convert.timm", "import torch", "imports torch outside a function"),
+        ("halonet.train", "from halonet.data.sources import _line", "halonet.data.sources._line"),
+        ("halonet.train", "from . import steps", "imports are absolute"),
+        ("halonet.helpers", "", "halonet.helpers is not in the table"),
+        ("configs.mnist", "import numpy as np", "configs.mnist imports numpy"),
+    ],
+)
+def test_checker_refuses(module, source, wrong):
+    (found,) = violations(module, source)
+    assert wrong in found
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("halonet.ops.xla", "import math\nfrom jaxtyping import Array\nimport jax.numpy as jnp"),
+        ("halonet.models.attention", "from halonet.ops import halo_attention"),
+        ("halonet.models.convert.timm", "def load():\n    import torch"),
+        ("halonet.data.sources", "class A:\n    def f(self):\n        import tensorflow_datasets"),
+        ("configs.mnist", "from __future__ import annotations\nfrom configs import default"),
+    ],
+)
+def test_checker_accepts(module, source):
+    assert violations(module, source) == []
+
+
+def knows_the_config(source):
+    """Whether a source names ConfigDict or imports anything of ml_collections."""
+    tree = ast.walk(ast.parse(source))
+    mentioned = any(
+        "ConfigDict" in (getattr(node, "id", ""), getattr(node, "attr", "")) for node in tree
+    )
+    return mentioned or any(within(name, "ml_collections") for name, _ in imports(source))
+
+
+def test_config_dict_stops_above_the_machinery():
+    knowing = {module_name(path) for path in LIBRARY if knows_the_config(path.read_text())}
+    assert knowing <= KNOW_THE_CONFIG
+    assert {"main", "halonet.config", "halonet.train"} <= knowing
+    assert knows_the_config("def f(config: other.ConfigDict): ...")
+    assert not knows_the_config("'a ConfigDict in words'\nconfig = {}")
+
+
+def unsafe_loading(source):
+    """Lines that could run code out of a file of data."""
+    found = []
+    for name, _ in imports(source):
+        if name.split(".")[0] in ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve"):
+            found.append(f"import of {name}")
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+        if keywords.get("allow_pickle", "False") != "False":
+            found.append(f"allow_pickle={keywords['allow_pickle']}")
+        if ast.unparse(node.func) == "torch.load" and keywords.get("weights_only") != "True":
+            found.append("torch.load without weights_only=True")
+    return found
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *TESTS], ids=named)
+def test_nothing_unpickles(path):
+    assert unsafe_loading(path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "wrong"),
+    [
+        ("import pickle", "import of pickle"),
+        ("def f():\n    from joblib import load", "import of joblib.load"),
+        ("np.load(path, allow_pickle=True)", "allow_pickle=True"),
+        ("torch.load(path)", "torch.load without weights_only=True"),
+        ("torch.load(path, weights_only=False)", "torch.load without weights_only=True"),
+    ],
+)
+def test_unpickling_is_found(source, wrong):
+    assert unsafe_loading(source) == [wrong]
+
+
+def test_safe_loading_is_let_through():
+    source = "np.load(path, allow_pickle=False)\ntorch.load(path, weights_only=True)\n"
+    assert unsafe_loading(source) == []
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=named)
+def test_no_file_is_long(path):
+    assert len(path.read_text().splitlines()) <= 450
+
+
+def test_main_is_short():
+    assert len((ROOT / "main.py").read_text().splitlines()) < 80
+
+
+def test_import_brings_neither_tensorflow_nor_grain():
+    code = (
+        "import halonet, sys; assert 'tensorflow' not in sys.modules and 'grain' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
