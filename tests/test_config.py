@@ -1,0 +1,223 @@
+"""Configurations: refused with one line before anything compiles, and kept in the workdir."""
+
+import re
+
+import jax
+import pytest
+from ml_collections import ConfigDict
+
+from configs import mnist
+from halonet.config import (
+    ConfigError,
+    build_model,
+    check_devices,
+    flatten,
+    load_config,
+    save_config,
+    total_steps,
+    validate,
+)
+
+
+@pytest.fixture
+def config():
+    """One that the eight devices of the tests can share."""
+    config = mnist.get_config()
+    config.model.bn_group = 4
+    config.data.batch_size = 64
+    return config
+
+
+def test_flatten():
+    config = ConfigDict({"seed": 3, "data": {"mean": [0.5, 0.25], "std": (1.0,)}, "none": {}})
+    assert flatten(config) == {"seed": 3, "data.mean": (0.5, 0.25), "data.std": (1.0,)}
+
+
+def test_validate_gives_the_model(config):
+    config.model.dtype = "bfloat16"
+    model = validate(config, num_classes=7)
+    assert model == build_model(config, num_classes=7)
+    assert (model.num_classes, model.bn_group, model.dtype) == (7, 4, "bfloat16")
+
+
+POSITIVE = (
+    *("model.bn_group", "data.image_size", "data.batch_size", "optim.learning_rate"),
+    *("eval.every_steps", "eval.batch_size", "checkpoint.every_steps"),
+    *("checkpoint.keep_latest", "log.every_steps"),
+)
+NOT_NEGATIVE = (
+    *("seed", "data.threads", "augment.rotate", "train.steps", "train.epochs"),
+    *("optim.weight_decay", "optim.clip_norm", "checkpoint.keep_best", "mesh.data"),
+)
+FRACTIONS = (
+    *("augment.scale", "augment.translate", "train.label_smoothing", "train.ema_decay"),
+    *("optim.warmup", "optim.momentum"),
+)
+BAD = [
+    *((key, 0, "must be above 0") for key in POSITIVE),
+    *((key, -1, "must be above 0") for key in POSITIVE),
+    *((key, -1, "must not be negative") for key in NOT_NEGATIVE),
+    *((key, -0.1, "must be at least 0 and below 1") for key in FRACTIONS),
+    *((key, 1.0, "must be at least 0 and below 1") for key in FRACTIONS),
+    ("data.mean", (0.5,), "must have three numbers, one a channel"),
+    ("data.std", (0.5, 0.5, 0.5, 0.5), "must have three numbers, one a channel"),
+    ("data.std", (0.3, 0.0, 0.3), "must be above 0"),
+    ("optim.learning_rate", float("nan"), "must"),
+    ("optim.learning_rate", float("inf"), "must"),
+    ("optim.weight_decay", float("nan"), "must"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "why"), BAD)
+def test_value_out_of_range(config, key, value, why):
+    if isinstance(value, int) and isinstance(flatten(config)[key], float):
+        value = float(value)
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(ConfigError, match=f"^config.{key}={re.escape(str(value))} .*{why}"):
+        validate(config, num_classes=10)
+
+
+@pytest.mark.parametrize("key", [*NOT_NEGATIVE, *FRACTIONS])
+def test_zero_is_allowed(config, key):
+    config.update_from_flattened_dict({key: type(flatten(config)[key])(0), "train.epochs": 1})
+    if key == "train.epochs":
+        config.update_from_flattened_dict({"train.epochs": 0, "train.steps": 1})
+    validate(config, num_classes=10)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"train.steps": 0, "train.epochs": 0},
+            "config.train.steps and config.train.epochs are both 0; set one of them",
+        ),
+        ({"optim.name": "adam"}, "config.optim.name='adam' is not one of adamw, sgd"),
+        (
+            {"model.dtype": "float16"},
+            "config.model.dtype='float16' is not one of float32, bfloat16",
+        ),
+        (
+            {"model.name": "halonet_tinny"},
+            "config.model.name: unknown model 'halonet_tinny'; did you mean 'halonet_tiny'?",
+        ),
+        (
+            {"data.image_size": 28},
+            "config.data.image_size=28: image height 28 cannot be cut into blocks of 4 in every "
+            "stage (the last has stride 4); the nearest that work: 16 and 32",
+        ),
+        (
+            {"data.batch_size": 100},
+            "config.data.batch_size=100 cannot be shared by 8 devices in groups of "
+            "config.model.bn_group=4; the nearest that can: 96",
+        ),
+        (
+            {"eval.batch_size": 3},
+            "config.eval.batch_size=3 cannot be shared by 8 devices; the nearest that can: 8",
+        ),
+    ],
+)
+def test_message(config, values, message):
+    config.update_from_flattened_dict(values)
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        validate(config, num_classes=10)
+
+
+def test_config_error_is_a_usage_error():
+    assert issubclass(ConfigError, ValueError)
+    assert ConfigError.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "bn_group", "nearest"),
+    [(1, 1, 8), (12, 1, 16), (15, 1, 16), (17, 1, 16), (64, 32, 256), (700, 32, 768)],
+)
+def test_check_devices_names_the_nearest(batch_size, bn_group, nearest):
+    with pytest.raises(ConfigError, match=rf"config.eval.batch_size={batch_size} .* {nearest}$"):
+        check_devices("eval.batch_size", batch_size, bn_group)
+    check_devices("eval.batch_size", nearest, bn_group)
+
+
+def test_check_devices_asks_for_the_devices_there_are(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 3)
+    check_devices("eval.batch_size", 9)
+    with pytest.raises(ConfigError, match=r"cannot be shared by 3 devices; .* can: 9$"):
+        check_devices("eval.batch_size", 8)
+
+
+@pytest.mark.parametrize(
+    ("steps", "epochs", "examples", "total"),
+    [(0, 2, 640, 20), (0, 1, 650, 10), (0, 1, 700, 11), (0, 1, 5, 1), (7, 3, 640, 7)],
+)
+def test_total_steps(config, steps, epochs, examples, total):
+    config.update_from_flattened_dict({"train.steps": steps, "train.epochs": epochs})
+    assert total_steps(config, examples) == total
+
+
+def test_saved_config_comes_back(config, tmp_path):
+    save_config(config, tmp_path / "new" / "run")
+    loaded = load_config(tmp_path / "new" / "run")
+    assert flatten(loaded) == flatten(config)
+    assert loaded.optim.learning_rate == config.optim.learning_rate
+    assert tuple(loaded.data.mean) == config.data.mean
+
+
+def test_same_config_twice(config, tmp_path):
+    save_config(config, tmp_path)
+    before = (tmp_path / "config.json").read_text()
+    save_config(config, tmp_path)
+    assert (tmp_path / "config.json").read_text() == before
+
+
+def test_another_config_is_refused(config, tmp_path):
+    save_config(config, tmp_path)
+    before = (tmp_path / "config.json").read_text()
+    config.update_from_flattened_dict(
+        {"seed": 1, "data.std": (1.0, 1.0, 1.0), "optim.warmup": 0.5, "log.every_steps": 7}
+    )
+    std = mnist.get_config().data.std
+    differing = (
+        f"data.std: {std} there, (1.0, 1.0, 1.0) now; "
+        "optim.warmup: 0.05 there, 0.5 now; seed: 0 there, 1 now"
+    )
+    message = (
+        f"{tmp_path} belongs to a run of another configuration ({differing}); "
+        "take another --workdir, or the old values"
+    )
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        save_config(config, tmp_path)
+    assert (tmp_path / "config.json").read_text() == before
+
+
+# None of these changes what is computed.
+MAY_CHANGE = {
+    *("data.data_dir", "data.threads", "eval.batch_size", "log.every_steps", "log.profile"),
+    *("checkpoint.every_steps", "checkpoint.keep_latest", "checkpoint.keep_best"),
+    *("mesh.data", "mesh.fsdp"),
+}
+
+
+@pytest.mark.parametrize("key", flatten(mnist.get_config()))
+def test_each_key_may_change_or_is_refused(config, tmp_path, key):
+    save_config(config, tmp_path)
+    value = flatten(config)[key]
+    other = {str: "other", tuple: (9.0, 9.0, 9.0), bool: True}.get(type(value))
+    config.update_from_flattened_dict({key: other or value + 1})
+    if key in MAY_CHANGE:
+        save_config(config, tmp_path)
+        assert flatten(load_config(tmp_path)) == flatten(config)
+    else:
+        with pytest.raises(ConfigError, match=rf"\({key}: [^;]* there, [^;]* now\)"):
+            save_config(config, tmp_path)
+
+
+def test_folder_without_a_run(tmp_path):
+    message = f"{tmp_path} holds no run: there is no config.json in it"
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        load_config(tmp_path)
+
+
+def test_torn_config_names_its_file(tmp_path):
+    (tmp_path / "config.json").write_text('{"seed": 0, "mod')
+    with pytest.raises(ConfigError, match=re.escape(f"{tmp_path}/config.json")):
+        load_config(tmp_path)
