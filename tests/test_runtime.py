@@ -1,0 +1,283 @@
+"""The process: joining others, the cache of compiled programs, signals, the progress line."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import pytest
+
+from halonet import runtime
+
+LAUNCHERS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "JAX_NUM_PROCESSES", "TPU_WORKER_HOSTNAMES")
+
+
+@pytest.fixture
+def no_launcher(monkeypatch):
+    for name in LAUNCHERS:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """The arguments with which JAX was asked to join."""
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args: calls.append(args))
+    return calls
+
+
+def test_alone(no_launcher, joined):
+    line = "process 0 of 1 (alone), 8 of 8 cpu devices here"
+    assert runtime.join_processes() == line
+    assert joined == []
+
+
+def test_with_a_coordinator(no_launcher, joined):
+    line = runtime.join_processes(coordinator="host:1234", process_id=0, process_count=2)
+    assert joined == [("host:1234", 2, 0)]
+    assert line.startswith("process 0 of 1 (coordinator host:1234), ")
+
+
+def test_in_a_cluster(no_launcher, joined, monkeypatch):
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    assert "(detected from the environment)" in runtime.join_processes()
+    assert joined == [()]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"coordinator": "host:1"},
+        {"coordinator": "host:1", "process_id": 0},
+        {"coordinator": "host:1", "process_count": 2},
+        {"process_id": 0},
+        {"process_count": 2},
+        {"process_id": 0, "process_count": 2},
+        {"coordinator": "host:1", "process_id": 2, "process_count": 2},
+    ],
+)
+def test_partial_settings(joined, settings):
+    given = {"coordinator": "", "process_id": -1, "process_count": 0} | settings
+    message = (
+        f"distributed.coordinator={given['coordinator']!r}, "
+        f"distributed.process_id={given['process_id']} and "
+        f"distributed.process_count={given['process_count']} go together: host:port, and an id "
+        "from 0 to count - 1"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        runtime.join_processes(**settings)
+    assert joined == []
+
+
+@pytest.mark.parametrize(
+    ("environment", "size"),
+    [
+        ({}, 1),
+        ({"SLURM_NTASKS": "4"}, 4),
+        ({"SLURM_NTASKS": "1"}, 1),
+        ({"OMPI_COMM_WORLD_SIZE": "3"}, 3),
+        ({"JAX_NUM_PROCESSES": "2"}, 2),
+        ({"SLURM_NTASKS": "what"}, 1),
+        ({"SLURM_NTASKS": "what", "OMPI_COMM_WORLD_SIZE": "3"}, 3),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, 1),
+        ({"TPU_WORKER_HOSTNAMES": "t1k-0,t1k-1,t1k-2,t1k-3"}, 4),
+    ],
+)
+def test_cluster_size(no_launcher, monkeypatch, environment, size):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert runtime._cluster_size() == size
+
+
+@pytest.mark.parametrize(
+    ("chosen", "cache_home", "used"),
+    [
+        (None, "", "/nowhere/home/.cache/halonet/xla"),
+        (None, "/nowhere/cache", "/nowhere/cache/halonet/xla"),
+        ("/nowhere/mine", "/nowhere/cache", "/nowhere/mine"),
+    ],
+)
+def test_compilation_cache(monkeypatch, chosen, cache_home, used):
+    monkeypatch.setenv("HOME", "/nowhere/home")
+    monkeypatch.setenv("XDG_CACHE_HOME", cache_home)
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", chosen)
+    try:
+        runtime.enable_compilation_cache()
+        assert jax.config.jax_compilation_cache_dir == used
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+
+
+def handlers():
+    return {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_first_signal_is_noted(number, capsys):
+    before = handlers()
+    with runtime.StopSignal(enabled=True) as stop:
+        assert stop.name == ""
+        assert handlers() != before
+        os.kill(os.getpid(), number)
+        assert stop.name == number.name
+        # From here on the next one is not ours: it does what it did before.
+        assert handlers() == before
+    assert handlers() == before
+    line = f"{number.name}: finishing this step and saving; again to leave at once"
+    assert capsys.readouterr().out.strip() == line
+
+
+def test_handlers_come_back_without_a_signal():
+    before = handlers()
+    with pytest.raises(KeyError), runtime.StopSignal(enabled=True):
+        raise KeyError
+    assert handlers() == before
+
+
+def test_disabled_stop_signal_leaves_the_handlers():
+    before = handlers()
+    with runtime.StopSignal(enabled=False) as stop:
+        assert handlers() == before
+    assert stop.name == ""
+
+
+def test_second_signal_ends_the_process():
+    code = (
+        "import os, signal, sys\n"
+        "from halonet.runtime import StopSignal\n"
+        "with StopSignal(enabled=True) as stop:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    print('noted', stop.name, flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    print('still here', flush=True)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == -signal.SIGTERM
+    assert done.stdout.endswith("noted SIGTERM\n")
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands until it is moved: clock[0] += seconds."""
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    return now
+
+
+def progress(**changes):
+    settings = {"total": 100, "start": 0, "images_per_step": 32, **changes}
+    return runtime.Progress(**settings)
+
+
+def row(loss=2.0, wait=0.25):
+    return {"train/loss": loss, "perf/data_wait": wait}
+
+
+def rates(images_per_second, data_wait):
+    return {
+        "perf/images_per_second": pytest.approx(images_per_second),
+        "perf/data_wait": pytest.approx(data_wait),
+    }
+
+
+def test_rates(clock):
+    watch = progress(start=20)
+    clock[0] += 4.0
+    assert watch.rates(30, 1.0) == rates(10 * 32 / 4, 1 / 4)
+    # The waiting is a sum since the start; the share is of what came since the last call.
+    clock[0] += 2.0
+    assert watch.rates(31, 2.5) == rates(1 * 32 / 2, 1.5 / 2)
+
+
+def test_pause_is_not_training(clock):
+    watch = progress()
+    clock[0] += 10.0
+    watch.pause(6.0)
+    assert watch.rates(4, 1.0) == rates(4 * 32 / 4, 1 / 4)
+    clock[0] += 1.0
+    assert watch.rates(5, 1.0) == rates(32, 0)
+
+
+def test_plain_lines_come_at_intervals_and_at_the_end(clock, capsys):
+    watch = progress(interval=10.0)
+    shown = []
+    for step in range(1, 101):
+        clock[0] += 1.0
+        watch.rates(step, 0.0)
+        watch.show(step, row())
+        if out := capsys.readouterr().out:
+            shown.append(step)
+            assert out.count("\n") == 1
+            assert "\r" not in out
+    assert shown == [1, *range(11, 100, 10), 100]
+
+
+def test_plain_line(clock, capsys):
+    watch = progress(images_per_step=128)
+    watch.show(0, row())
+    line = "step 0/100  loss 2.000  0 images/s  ? left  waiting for data 25%\n"
+    assert capsys.readouterr().out == line
+    clock[0] += 20.0
+    watch.rates(40, 5.0)
+    watch.show(40, row(loss=0.12345))
+    line = "step 40/100  loss 0.123  256 images/s  0:30 left  waiting for data 25%\n"
+    assert capsys.readouterr().out == line
+
+
+def test_live_line_is_one_line(clock, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "40")
+    watch = progress(total=3)
+    for step in (1, 2, 3):
+        clock[0] += 1.0
+        watch.rates(step, 0.0)
+        watch.show(step, row())
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    assert out.endswith("\n")
+    lines = out.rstrip("\n").split("\r")
+    assert [line[:8] for line in lines] == ["", "step 1/3", "step 2/3", "step 3/3"]
+    assert {len(line) for line in lines[1:]} == {39}
+    watch.say("a word")
+    assert capsys.readouterr().out == "\r" + " " * 39 + "\ra word\n"
+
+
+def test_said_line_stands_alone(capsys):
+    progress().say("a word")
+    assert capsys.readouterr().out == "a word\n"
+
+
+def test_other_processes_print_nothing(clock, capsys):
+    watch = progress(enabled=False)
+    clock[0] += 1.0
+    assert watch.rates(1, 0.0) == rates(32, 0)
+    watch.show(100, row())
+    watch.say("a word")
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.0, "0:00"),
+        (59.4, "0:59"),
+        (59.6, "1:00"),
+        (3599.0, "59:59"),
+        (3600.0, "1:00:00"),
+        (90061.0, "25:01:01"),
+        (float("nan"), "?"),
+    ],
+)
+def test_duration(seconds, text):
+    assert runtime._duration(seconds) == text
+
+
+def test_interrupted_is_told_from_an_error():
+    assert runtime.Interrupted.exit_code == runtime.PREEMPTED == 75
