@@ -1,68 +1,168 @@
-"""Halo attention in portable JAX."""
+"""Halo attention in portable JAX: one row of blocks, and two ways to go through all of them.
+
+`halo_attention_shift` computes every row of blocks at once, in a form that XLA partitions over the
+rows and the batch. `halo_attention_rows` computes a few images or rows at a time, and again in the
+backward pass, so that logits exist for those few only and stay in the cache.
+"""
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from halonet.ops import geometry
+
+# Logits, keys and values that `halo_attention_rows` holds at a time, in elements. In float32 these
+# are 2.5 MiB, about the second-level caches of two CPU cores; times change by a tenth between half
+# and twice as many, and double at eight times.
+ELEMENTS_PER_STEP = 5 * 2**17
 
 
 def halo_attention_shift(
     q: Float[Array, "n h_q w_q heads d_k"],
     k: Float[Array, "n h w heads d_k"],
     v: Float[Array, "n h w heads d_v"],
-    row_table: Float[Array, "rows d_k"],
-    col_table: Float[Array, "rows d_k"],
+    row_table: Float[Array, "offsets d_k"],
+    col_table: Float[Array, "offsets d_k"],
     *,
     block: int,
     halo: int,
     stride: int,
     border: str,
 ) -> Float[Array, "n h_q w_q heads d_v"]:
-    """Computes all blocks at once; see `halo_attention` for the arguments."""
+    """Computes all images and rows of blocks at once; see `halo_attention` for the arguments."""
+    options = {"block": block, "halo": halo, "stride": stride, "border": border}
+    attend = partial(_attend_strip, row_table=row_table, col_table=col_table, **options)
+    # Images and rows stay axes of their own: merged, XLA would gather them to partition them.
+    attend = jax.vmap(jax.vmap(attend), in_axes=(0, 0, None))
+    return attend(*_strips(q, k, v, block, halo, stride)).reshape(*q.shape[:-1], v.shape[-1])
+
+
+def halo_attention_rows(
+    q: Float[Array, "n h_q w_q heads d_k"],
+    k: Float[Array, "n h w heads d_k"],
+    v: Float[Array, "n h w heads d_v"],
+    row_table: Float[Array, "offsets d_k"],
+    col_table: Float[Array, "offsets d_k"],
+    *,
+    block: int,
+    halo: int,
+    stride: int,
+    border: str,
+) -> Float[Array, "n h_q w_q heads d_v"]:
+    """Computes a few images, or a few rows of blocks, at a time; see `halo_attention`.
+
+    The loop runs over the batch: on several devices that share the batch, it would gather it.
+    """
+    options = {"block": block, "halo": halo, "stride": stride, "border": border}
     n, height, width, heads, d_k = k.shape
-    d_v = v.shape[-1]
-    rows, cols, side, win = height // block, width // block, block // stride, block + 2 * halo
+    d_v, rows, queries = v.shape[-1], height // block, (block // stride) ** 2
+    keys = (width // block) * heads * geometry.window_size(block, halo) ** 2  # of a row of blocks
+    fitting = ELEMENTS_PER_STEP // (keys * (queries + d_k + d_v))  # rows of blocks
+    if n * rows <= fitting:
+        return halo_attention_shift(q, k, v, row_table, col_table, **options)
+
+    def few_images(q, k, v):
+        return halo_attention_shift(q, k, v, row_table, col_table, **options)
+
+    def few_rows(q, k, v):
+        attend = partial(_attend_strip, row_table=row_table, col_table=col_table, **options)
+        queries, keys_values, inside = _strips(q, k, v, block, halo, stride)
+        strips = (queries[0], keys_values[0], inside)
+        at_once = _divisor(rows, fitting)
+        out = lax.map(lambda xs: jax.checkpoint(attend)(*xs), strips, batch_size=at_once)
+        return out.reshape(*q.shape[:-1], d_v)
+
+    images, step = (_divisor(n, fitting // rows), few_images) if rows <= fitting else (1, few_rows)
+    slices = tuple(x.reshape(n // images, images, *x.shape[1:]) for x in (q, k, v))
+    out = lax.map(lambda xs: jax.checkpoint(step)(*xs), slices)
+    return out.reshape(*q.shape[:-1], d_v)
+
+
+def _strips(
+    q: Float[Array, "n h_q w_q heads d_k"],
+    k: Float[Array, "n h w heads d_k"],
+    v: Float[Array, "n h w heads d_v"],
+    block: int,
+    halo: int,
+    stride: int,
+) -> tuple[
+    Float[Array, "n rows side w_q heads d_k"],
+    Float[Array, "n rows window w heads d_kv"],
+    Bool[np.ndarray, "rows window"],
+]:
+    """Cuts images into rows of blocks: queries, keys and values with halo, what is inside."""
+    n, height = k.shape[:2]
+    queries = q.reshape(n, height // block, block // stride, *q.shape[2:])
+    keys_values = _with_halo(jnp.concatenate([k, v], -1), 1, block, halo)
+    return queries, keys_values, geometry.inside_image(height, block, halo)
+
+
+def _attend_strip(
+    q: Float[Array, "side w_q heads d_k"],
+    keys_values: Float[Array, "window w heads d_kv"],
+    row_inside: Bool[Array, " window"],
+    *,
+    row_table: Float[Array, "offsets d_k"],
+    col_table: Float[Array, "offsets d_k"],
+    block: int,
+    halo: int,
+    stride: int,
+    border: str,
+) -> Float[Array, "side w_q heads d_v"]:
+    """Computes the attention of one row of blocks."""
+    side, w_q, heads, d_k = q.shape
+    window, width = keys_values.shape[:2]
+    d_v, cols = keys_values.shape[-1] - d_k, width // block
     dtype, wide = q.dtype, jnp.promote_types(q.dtype, jnp.float32)
+    # The default of XLA on TPU multiplies float32 as bfloat16.
     precision = lax.Precision.HIGHEST if dtype.itemsize >= 4 else lax.Precision.DEFAULT
+    dot = partial(jnp.einsum, precision=precision, preferred_element_type=wide)
 
-    def dot(spec, a, b):
-        return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=wide)
-
-    # Letters: n image; r, c row and column of blocks; a head; y, x query; i, j key; d, e channel.
-    q = q.reshape(n, rows, side, cols, side, heads, d_k) * d_k**-0.5
+    # Axes: c column of blocks; a head; y, x query in its block; i, j key in its window; d channel;
+    # q and k the query and the key as one flat axis each.
+    q_ycxad = (q * d_k**-0.5).reshape(side, cols, side, heads, d_k)
     index = geometry.table_index(block, halo, stride)
-    row_logits = dot("nrycxad,yid->nrcayxi", q, row_table[index])
-    col_logits = dot("nrycxad,xjd->nrcayxj", q, col_table[index])
+    row_logits = dot("ycxad,yid->cayxi", q_ycxad, row_table[index])
+    col_logits = dot("ycxad,xjd->cayxj", q_ycxad, col_table[index])
     if border == "mask":
-        never = jnp.finfo(dtype).min / 8
-        seen = geometry.inside_image(height, block, halo)[None, :, None, None, None, None, :]
-        row_logits = jnp.where(seen, row_logits, never)
-        seen = geometry.inside_image(width, block, halo)[None, None, :, None, None, None, :]
-        col_logits = jnp.where(seen, col_logits, never)
-    q = q.transpose(0, 1, 3, 5, 2, 4, 6)
-    q = jnp.concatenate([q, row_logits.astype(dtype), col_logits.astype(dtype)], -1)
-    q = q.reshape(n, rows, cols, heads, side * side, d_k + 2 * win)
+        # Small enough to weigh nothing, and two of them still a finite number.
+        nothing = jnp.finfo(dtype).min / 4
+        col_inside = geometry.inside_image(width, block, halo)[:, None, None, None, :]
+        row_logits = jnp.where(row_inside[None, None, None, None, :], row_logits, nothing)
+        col_logits = jnp.where(col_inside, col_logits, nothing)
 
-    kv = jnp.concatenate([k, v], -1)
-    kv = _with_halo(_with_halo(kv, 1, block, halo), 3, block, halo)
-    kv = kv.transpose(0, 1, 3, 5, 2, 4, 6).reshape(n, rows, cols, heads, win * win, d_k + d_v)
-    position = np.concatenate([np.eye(win).repeat(win, 0), np.tile(np.eye(win), (win, 1))], -1)
-    position = jnp.broadcast_to(jnp.asarray(position, dtype), (*kv.shape[:-1], 2 * win))
-    k = jnp.concatenate([kv[..., :d_k], position], -1)
-    logits = dot("nrcaqd,nrcakd->nrcaqk", q, k)
-    weights = jax.nn.softmax(logits).astype(dtype)
-    out = dot("nrcaqk,nrcake->nrcaqe", weights, kv[..., d_k:]).astype(dtype)
-    out = out.reshape(n, rows, cols, heads, side, side, d_v).transpose(0, 1, 4, 2, 5, 3, 6)
-    return out.reshape(n, height // stride, width // stride, heads, d_v)
+    # Position logits enter through the product: queries carry theirs as further channels, and keys
+    # a one-hot row and column that pick them. A broadcast sum would have axes of `window` elements,
+    # which accelerators pad to a whole tile.
+    q_cayxd = q_ycxad.transpose(1, 3, 0, 2, 4)
+    q_cayxd = jnp.concatenate([q_cayxd, row_logits.astype(dtype), col_logits.astype(dtype)], -1)
+    q_caqd = q_cayxd.reshape(cols, heads, side * side, d_k + 2 * window)
+    kv_icjad = _with_halo(keys_values, 1, block, halo)
+    kv_cakd = kv_icjad.transpose(1, 3, 0, 2, 4).reshape(cols, heads, window * window, d_k + d_v)
+    picks = np.eye(window)
+    picks = np.concatenate([np.repeat(picks, window, 0), np.tile(picks, (window, 1))], -1)
+    picks = jnp.broadcast_to(jnp.asarray(picks, dtype), (cols, heads, *picks.shape))
+    k_cakd = jnp.concatenate([kv_cakd[..., :d_k], picks], -1)
+    logits_caqk = dot("caqd,cakd->caqk", q_caqd, k_cakd)
+
+    # A softmax that divides after the second product, where there is less to divide. The largest
+    # logit cancels, so it needs no gradient.
+    largest = lax.stop_gradient(logits_caqk.max(-1, keepdims=True))
+    weights_caqk = jnp.exp(logits_caqk - largest)
+    total = weights_caqk.sum(-1, keepdims=True)
+    out_caqd = dot("caqk,cakd->caqd", weights_caqk.astype(dtype), kv_cakd[..., d_k:]) / total
+    out_cayxd = out_caqd.astype(dtype).reshape(cols, heads, side, side, d_v)
+    return out_cayxd.transpose(2, 0, 3, 1, 4).reshape(side, w_q, heads, d_v)
 
 
 def _with_halo(x: Array, axis: int, block: int, halo: int) -> Array:
-    """Splits `axis` into blocks, and each block with its halo: (blocks, block + 2 * halo).
+    """Splits `axis` into blocks, each with its halo: two axes (blocks, block + 2 * halo).
 
-    Shifts by whole blocks and concatenates, the one form that XLA partitions over devices by
+    Shifts by whole blocks and concatenates: the one form that XLA partitions over devices by
     passing halos to neighbours instead of gathering everything. Zeros lie outside the image.
     """
     blocks = x.shape[axis] // block
@@ -70,7 +170,7 @@ def _with_halo(x: Array, axis: int, block: int, halo: int) -> Array:
     reach = -(-halo // block)
     pieces = []
     for shift in range(-reach, reach + 1):
-        # The pixels that the block `shift` places further on gives to this block's window.
+        # What the block `shift` places further on gives to this block's window.
         first, last = max(-halo, shift * block), min(block + halo, (shift + 1) * block)
         piece = lax.slice_in_dim(x, first - shift * block, last - shift * block, axis=axis + 1)
         pieces.append(_shift(piece, axis, shift))
@@ -85,3 +185,8 @@ def _shift(x: Array, axis: int, by: int) -> Array:
     padding = [(0, 0, 0)] * x.ndim
     padding[axis] = (max(-by, 0), max(by, 0), 0)
     return lax.pad(kept, np.zeros((), x.dtype), padding)
+
+
+def _divisor(n: int, most: int) -> int:
+    """Returns the largest divisor of `n` that is at most `most`, or 1."""
+    return next(d for d in range(max(1, min(n, most)), 0, -1) if n % d == 0)
