@@ -8,6 +8,7 @@ joins the parts and drops what a later start, from an earlier step, wrote again.
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 import math
 from collections.abc import Mapping
@@ -34,18 +35,13 @@ class MetricsLog:
         self._rows = read_metrics(workdir, until=start_step)
         self._mine: list[Row] = [{"step": start_step, "perf/started": 1.0}]
         self._path = None
-        self._events = None
+        self._events: _Events | None = None
         if primary:
-            # TensorFlow comes with it, for the format of the event files: seconds, paid here only.
-            from clu import metric_writers
-
             parts = workdir / PARTS
             parts.mkdir(parents=True, exist_ok=True)
             self._path = parts / f"{len(_part_paths(workdir)):03d}.jsonl"
             self._path.write_text(_dump(self._mine))
-            self._events = metric_writers.AsyncWriter(
-                metric_writers.SummaryWriter(str(workdir / EVENTS))
-            )
+            self._events = _Events(workdir / EVENTS)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Adds a row; it is in the file on return.
@@ -62,7 +58,7 @@ class MetricsLog:
         if self._path is not None:
             # The whole part anew: a few hundred kB at most, and no append on an object store.
             self._path.write_text(_dump(self._mine))
-            self._events.write_scalars(step, {name: row[name] for name in values})
+            self._events.write(step, {name: row[name] for name in values})
 
     def rows(self) -> list[Row]:
         """The run's history up to now, earlier starts included."""
@@ -78,6 +74,34 @@ class MetricsLog:
         if self._events is not None:
             self._events.close()
             self._events = None
+
+
+class _Events:
+    """clu's TensorBoard writer on a thread of its own.
+
+    It brings TensorFlow, for the format of the files, whose import takes longer than the first
+    steps of a small run: on that thread it passes while the main one compiles.
+    """
+
+    def __init__(self, folder: epath.Path):
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "tensorboard")
+        self._writer = self._thread.submit(_open_writer, folder)
+        self._last = self._writer
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        if self._last.done():
+            self._last.result()  # a write that failed is raised here, one late
+        self._last = self._thread.submit(lambda: self._writer.result().write_scalars(step, values))
+
+    def close(self) -> None:
+        self._thread.submit(lambda: self._writer.result().close()).result()
+        self._thread.shutdown()
+
+
+def _open_writer(folder: epath.Path):
+    from clu import metric_writers
+
+    return metric_writers.SummaryWriter(str(folder))
 
 
 def read_metrics(workdir: epath.PathLike, *, until: float = math.inf) -> list[Row]:

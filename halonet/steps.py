@@ -22,7 +22,7 @@ Metrics = dict[str, Array]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that a run needs to go on from where it is.
+    """All that a run needs to go on from where it is: arrays only, or their abstract shapes.
 
     Attributes:
       step: optimizer steps taken so far, int32 scalar.
@@ -31,7 +31,7 @@ class TrainState:
       ema: moving averages {"params", "batch_stats"}, or {} where none are kept.
     """
 
-    step: Array
+    step: Any
     params: Any
     batch_stats: Any
     opt_state: Any
@@ -142,7 +142,7 @@ def train_step(
     grads, (batch_stats, metrics) = jax.grad(loss_fn, has_aux=True)(state.params)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    metrics["grad_norm"] = optax.global_norm(grads)
+    metrics["grad_norm"] = optax.tree.norm(grads)
     metrics["learning_rate"] = jnp.asarray(learning_rate(state.step), jnp.float32)
 
     ema = state.ema

@@ -54,7 +54,8 @@ def test_it_is_the_op_between_its_projections():
         border="mask",
         implementation="reference",
     )
-    expected = expected.reshape(2, 4, 8, 10) @ p["out"]["kernel"] + p["out"]["bias"]
+    expected = expected.reshape(2, 4, 8, 10) @ p["out"]["kernel"]
+    expected += p["out"]["bias"].reshape(1, 1, 1, -1)
     np.testing.assert_allclose(layer.apply(variables, x), expected, atol=1e-5)
 
 

@@ -61,9 +61,8 @@ def test_evaluation_uses_the_running_statistics(images):
     init["batch_stats"] = {"mean": jnp.full(5, 2.0), "var": jnp.full(5, 9.0)}
     output = norm.apply(init, images, train=False)
     scale, bias = np.asarray(init["params"]["scale"]), np.asarray(init["params"]["bias"])
-    np.testing.assert_allclose(
-        output, (images - 2.0) / np.sqrt(9.0 + 1e-5) * scale + bias, atol=2e-6
-    )
+    expected = (np.asarray(images) - 2.0) / np.sqrt(9.0 + 1e-5) * scale + bias
+    np.testing.assert_allclose(output, expected, atol=2e-6)
 
 
 def test_initialisation_leaves_the_statistics_alone(images):

@@ -40,14 +40,16 @@ class Conv1x1(nn.Module):
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 f"]:
         if self.stride > 1:
             x = x[:, :: self.stride, :: self.stride]
-        shape = (x.shape[-1], self.features)
-        kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
-        return jnp.einsum(
-            "nhwc,cf->nhwf",
-            x.astype(self.dtype),
+        *pixels, channels = x.shape
+        kernel = self.param("kernel", self.kernel_init, (channels, self.features), self.param_dtype)
+        # Flat, because XLA's CPU backend transposes a whole activation for the kernel's gradient
+        # where it has to contract three axes; one it contracts in place, at twice the speed.
+        y = jnp.dot(
+            x.reshape(-1, channels).astype(self.dtype),
             kernel.astype(self.dtype),
             precision=matmul_precision(self.dtype),
         )
+        return y.reshape(*pixels, self.features)
 
 
 class BatchNorm(nn.Module):
