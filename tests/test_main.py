@@ -1,0 +1,191 @@
+"""The command line: what cannot run is refused in one line, with the exit code that says why."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+import main
+from configs import mnist
+from halonet import runtime
+from halonet.config import parse_flags, save_config
+
+ROOT = pathlib.Path(__file__).parent.parent
+# ml_collections loads config files by an older way of importlib.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module.. method:DeprecationWarning")
+MNIST = f"--config={ROOT / 'configs' / 'mnist.py'}"
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """Runs main in this process: the exit code, and the one line on stderr after "error: "."""
+    monkeypatch.setattr(runtime, "enable_compilation_cache", lambda: None)
+
+    def run(*arguments):
+        argv = ["main.py", *map(str, arguments)]
+        # The overrides of config keys are looked for there.
+        monkeypatch.setattr(sys, "argv", argv)
+        with flagsaver.flagsaver():
+            with pytest.raises(SystemExit) as end:
+                main.main(parse_flags(argv))
+            flags.FLAGS.unparse_flags()
+        return end.value.code, line_of(capsys.readouterr().err)
+
+    return run
+
+
+def last(value):
+    """An id for a test: the last argument."""
+    return value[-1] if isinstance(value, list) else ""
+
+
+def line_of(stderr):
+    assert stderr.startswith("error: "), stderr
+    assert stderr.count("\n") == 1, stderr
+    return stderr.removeprefix("error: ").removesuffix("\n")
+
+
+UNREADABLE = [
+    (
+        [MNIST, "--workdir=w", "--config.learning_rate=1"],
+        "no config key 'learning_rate' (value '1'); did you mean 'optim.learning_rate'?",
+    ),
+    (
+        [MNIST, "--workdir=w", "--config.optm.warmup", "0.1"],
+        "no config key 'optm.warmup' (value '0.1'); did you mean 'optim.warmup'?",
+    ),
+    (
+        [MNIST, "--workdir=w", "--config.zzzzzz=1"],
+        "no config key 'zzzzzz' (value '1'); configs/default.py lists them",
+    ),
+    (
+        [MNIST, "--workdir=w", "--config.data.batch_size=abc"],
+        "config.data.batch_size=abc is not of the key's type, int",
+    ),
+    (
+        [MNIST, "--workdir=w", "--config.data.batch_size=1.5"],
+        "config.data.batch_size=1.5 is not of the key's type, int",
+    ),
+    ([MNIST, "--workdirr=w"], "Unknown command line flag 'workdirr'. Did you mean: workdir ?"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), UNREADABLE, ids=last)
+def test_unreadable_command_line(refused, arguments, message):
+    assert refused(*arguments) == (2, message)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "mentioned"),
+    [
+        (["--workdir=w"], "--config"),
+        ([MNIST], "--workdir"),
+        (["--config=configs/mnst.py", "--workdir=w"], r"configs/mnst\.py"),
+        (["--config=configs/mnst.py", "--workdir=w", "--config.seed=1"], r"configs/mnst\.py"),
+        # Dashes forgotten: not an override, and not to be passed over in silence.
+        ([MNIST, "--workdir=w", "config.seed=1"], r"config\.seed=1"),
+        ([MNIST, "--workdir=w", "--mode=tran"], "tran.*train.*evaluate"),
+    ],
+    ids=last,
+)
+def test_unusable_command_line(refused, monkeypatch, arguments, mentioned):
+    # Were it let through, it would end here and not in an hour's training.
+    monkeypatch.setattr(runtime, "join_processes", lambda **settings: sys.exit("let through"))
+    code, message = refused(*arguments)
+    assert code == 2
+    assert re.search(mentioned, message)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (
+            ["--config.data.batch_size=100"],
+            2,
+            "config.data.batch_size=100 cannot be shared by 8 devices in groups of "
+            "config.model.bn_group=32; the nearest that can: 256",
+        ),
+        (
+            ["--mode=evaluate", "--config.eval.batch_size=100"],
+            2,
+            "config.eval.batch_size=100 cannot be shared by 8 devices; the nearest that can: 96",
+        ),
+        (
+            ["--config.data.batch_size=256", "--config.mesh.fsdp=3"],
+            2,
+            "config.mesh.data=0 x mesh.fsdp=3 does not fit 8 devices; mesh.fsdp can be one of "
+            "[1, 2, 4, 8], and mesh.data=0 takes the rest",
+        ),
+        (
+            ["--config.data.name=imagenet2012", "--config.data.data_dir=/nowhere/data"],
+            3,
+            "data set 'imagenet2012' not found: there is no folder /nowhere/data; "
+            "prepare it there or set data.data_dir",
+        ),
+        (
+            ["--distributed.process_id=1"],
+            2,
+            "distributed.coordinator='', distributed.process_id=1 and "
+            "distributed.process_count=0 go together: host:port, and an id from 0 to count - 1",
+        ),
+    ],
+    ids=last,
+)
+def test_unusable_configuration(refused, tmp_path, arguments, code, message):
+    workdir = tmp_path / "run"
+    assert refused(MNIST, f"--workdir={workdir}", *arguments) == (code, message)
+    assert not workdir.exists()
+
+
+def test_evaluation_without_a_run(refused, tmp_path):
+    workdir = tmp_path / "run"
+    message = f"{workdir} holds no run: there is no config.json in it"
+    assert refused(MNIST, f"--workdir={workdir}", "--mode=evaluate") == (2, message)
+    assert not workdir.exists()
+
+
+def test_workdir_of_another_configuration(refused, tmp_path):
+    other = mnist.get_config()
+    other.data.batch_size = 256
+    other.seed = 7
+    save_config(other, tmp_path)
+    code, message = refused(MNIST, f"--workdir={tmp_path}", "--config.data.batch_size=256")
+    assert code == 2
+    assert message == (
+        f"{tmp_path} belongs to a run of another configuration (seed: 7 there, 0 now); "
+        "take another --workdir, or the old values"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        UNREADABLE[0],
+        (
+            [MNIST, "--workdir=w", "--config.data.image_size=28"],
+            "config.data.image_size=28: image height 28 cannot be cut into blocks of 4 in every "
+            "stage (the last has stride 4); the nearest that work: 16 and 32",
+        ),
+    ],
+    ids=last,
+)
+def test_process_ends_with_one_line(tmp_path, arguments, message):
+    """As a user sees it: nothing of the libraries on stderr, and the code of the process."""
+    # Nothing is in Matplotlib's folder yet: it says so, to whoever listens to its log.
+    folders = {"MPLCONFIGDIR": str(tmp_path / "mpl"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, ROOT / "main.py", *arguments],
+        cwd=tmp_path,
+        env=os.environ | folders,
+        capture_output=True,
+        text=True,
+    )
+    assert line_of(done.stderr) == message
+    assert done.returncode == 2
+    assert not (tmp_path / "w").exists()
