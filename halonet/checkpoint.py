@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
@@ -155,23 +156,46 @@ def restore_arrays(folder: epath.PathLike, target: dict[str, Any]) -> dict[str, 
       target: any subset of a state's fields, with abstract arrays that carry their sharding.
 
     Raises:
-      CheckpointError: where something is missing, damaged or of another shape.
+      CheckpointError: where it is damaged, or a field holds other arrays than `target`: one error
+        that lists them all.
     """
-    folder = epath.Path(folder)
+    path = epath.Path(folder) / "state"
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            stored = _describe(checkpointer.metadata(path).item_metadata.tree)
+            wanted = _describe(target)
+            differing = [
+                f"{name}: {stored.get(name, 'nothing')} there, {wanted.get(name, 'nothing')} wanted"
+                for name in sorted(stored.keys() | wanted.keys())
+                if name.split("/")[0] in target and stored.get(name) != wanted.get(name)
+            ]
+            if differing:
+                raise CheckpointError(
+                    f"cannot restore {folder}: it is of another model: {'; '.join(differing)}"
+                )
             return checkpointer.restore(
-                folder / "state",
+                path,
                 args=ocp.args.PyTreeRestore(
                     item=target,
                     restore_args=ocp.checkpoint_utils.construct_restore_args(target),
                     partial_restore=True,
                 ),
             )
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"cannot restore {folder}: damaged, or of another model: {_line(error)}"
-        ) from error
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"cannot restore {folder}, is it damaged? {_line(error)}") from error
+
+
+def _describe(tree: Any) -> dict[str, str]:
+    """Path of each array -> its dtype and shape. Orbax itself casts and drops without a word."""
+    return {
+        "/".join(
+            str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key)))) for key in path
+        ): f"{jnp.dtype(leaf.dtype)}{list(leaf.shape)}"
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        if hasattr(leaf, "shape")
+    }
 
 
 def _as_dict(state: Any) -> dict[str, Any]:

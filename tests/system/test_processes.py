@@ -1,0 +1,89 @@
+"""Several real processes train as one does."""
+
+import pathlib
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from halonet import metrics
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+SETTINGS = {
+    "optim.name": "sgd",
+    "optim.learning_rate": 0.1,
+    "train.epochs": 0,
+    "train.steps": 3,
+    "data.batch_size": 32,
+    "model.bn_group": 4,
+    "eval.every_steps": 3,
+    "log.every_steps": 1,
+}
+
+
+def start(workdir, *, devices, process_id=0, process_count=1, port=0):
+    flags = [f"--config.{key}={value}" for key, value in SETTINGS.items()]
+    if process_count > 1:
+        flags += [
+            f"--distributed.coordinator=127.0.0.1:{port}",
+            f"--distributed.process_id={process_id}",
+            f"--distributed.process_count={process_count}",
+        ]
+    return subprocess.Popen(
+        [sys.executable, "main.py", "--config=configs/mnist.py", f"--workdir={workdir}", *flags],
+        cwd=ROOT,
+        env={
+            "PATH": "/usr/bin:/bin",
+            "HOME": str(pathlib.Path.home()),
+            "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "xla"),
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(*processes):
+    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output
+    return outputs
+
+
+def rows(workdir, prefix):
+    return [
+        {name: value for name, value in row.items() if name.startswith(prefix)}
+        for row in metrics.read_metrics(workdir)
+        if any(name.startswith(prefix) for name in row)
+    ]
+
+
+@pytest.mark.middle
+def test_two_processes_train_as_one(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    pair = [
+        start(tmp_path / "two", devices=2, process_id=i, process_count=2, port=port)
+        for i in range(2)
+    ]
+    outputs = finish(*pair)
+    for index, output in enumerate(outputs):
+        assert f"process {index} of 2 (coordinator 127.0.0.1:{port}), 2 of 4 cpu" in output
+    # The first one speaks for both.
+    assert "held-out top-1" in outputs[0]
+    assert "held-out top-1" not in outputs[1]
+    assert len(list((tmp_path / "two" / "metrics").iterdir())) == 1
+
+    output = finish(start(tmp_path / "one", devices=1))[0]
+    assert "process 0 of 1 (alone), 1 of 1 cpu" in output
+    one, two = (rows(tmp_path / name, "train/") for name in ("one", "two"))
+    assert len(one) == 3
+    np.testing.assert_allclose(
+        [row["train/loss"] for row in two], [row["train/loss"] for row in one], rtol=1e-5
+    )
+    assert [row["eval/count"] for row in rows(tmp_path / "two", "eval/")] == [1000]

@@ -1,0 +1,149 @@
+"""`load_run` and the evaluation of checkpoints, on a run of a few steps."""
+
+import asyncio
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import halonet
+from halonet import checkpoint, evaluate, metrics, sharding
+from halonet.config import ConfigError
+from halonet.run import load_run, resolve_step
+from halonet.train import train_and_evaluate
+from tests.small_run import small_config
+
+CONFIG = small_config(
+    **{"train.steps": 6, "eval.every_steps": 2, "checkpoint.every_steps": 2, "log.every_steps": 2}
+)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A run whose first evaluation was the best by far, as its record says."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    train_and_evaluate(CONFIG, folder)
+    return folder
+
+
+def test_it_opens_in_one_line(workdir):
+    run = halonet.load_run(str(workdir))
+    assert run.classes == tuple("0123456789")
+    assert run.weights == "ema"
+    assert run.config.model.name == "halonet_tiny"
+    probabilities = run.predict(np.zeros((3, 32, 32, 3), np.uint8))
+    assert probabilities.shape == (3, 10)
+    np.testing.assert_allclose(probabilities.sum(axis=-1), 1.0, atol=1e-5)
+
+
+def test_it_opens_without_the_data_set(workdir, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("the data set was opened")
+
+    monkeypatch.setattr("halonet.data.sources.open_source", refuse)
+    assert load_run(workdir).step in checkpoint.saved_steps(workdir)
+
+
+def test_it_opens_inside_a_running_event_loop(workdir):
+    async def notebook():
+        return load_run(workdir, step="latest").step
+
+    assert asyncio.run(notebook()) == 6
+
+
+def test_best_latest_and_number(workdir):
+    rows = metrics.read_metrics(workdir)
+    kept = [row for row in rows if row["step"] in checkpoint.saved_steps(workdir)]
+    assert resolve_step(workdir, "best") == metrics.best_steps(kept, 1)[0]
+    assert resolve_step(workdir, "latest") == 6
+    assert resolve_step(workdir, "4") == resolve_step(workdir, 4) == 4
+    assert load_run(workdir / checkpoint.FOLDER / "4").step == 4
+    with pytest.raises(ValueError, match="step='newest' is not 'best', 'latest' or a number"):
+        load_run(workdir, step="newest")
+    with pytest.raises(checkpoint.CheckpointError, match=r"no checkpoint of step 5 .*found: .*6"):
+        load_run(workdir, step=5)
+
+
+def test_a_folder_without_a_run(tmp_path):
+    with pytest.raises(ConfigError, match="holds no run: there is no config.json"):
+        load_run(tmp_path)
+
+
+def test_averaged_and_raw_weights_differ(workdir):
+    averaged, raw = (load_run(workdir, "latest", weights=kind) for kind in ("ema", "raw"))
+    kernels = [run.variables["params"]["head"]["kernel"] for run in (averaged, raw)]
+    assert np.abs(kernels[0] - kernels[1]).max() > 0
+    with pytest.raises(ValueError, match="weights='best' are not in this run; 'raw' are"):
+        load_run(workdir, weights="best")
+
+
+def test_preprocess_takes_arrays_and_pictures_of_any_size(workdir):
+    run = load_run(workdir)
+    gray = np.random.default_rng(0).integers(0, 256, (40, 32), np.uint8)
+    picture = Image.fromarray(gray)
+    array = np.repeat(gray[..., None], 3, axis=-1)
+    output = run.preprocess([gray, picture, array])
+    assert output.shape == (3, 32, 32, 3)
+    np.testing.assert_array_equal(output[0], output[1])
+    np.testing.assert_array_equal(output[0], output[2])
+    mean, std = np.array(run.config.data.mean), np.array(run.config.data.std)
+    np.testing.assert_allclose(output[2], (array[4:36] / 255 - mean) / std, atol=1e-5)
+    with pytest.raises(ValueError, match=r"an image is float64 of shape .* must be uint8"):
+        run.preprocess([np.zeros((4, 4, 3))])
+
+
+def test_evaluation_of_a_checkpoint_equals_that_of_the_run(workdir, tmp_path, capsys):
+    result = evaluate.evaluate_checkpoint(CONFIG, workdir, step="latest")
+    row = [row for row in metrics.read_metrics(workdir) if "eval/top1" in row][-1]
+    assert result["count"] == 1000
+    assert (result["top1"], result["top5"]) == (row["eval/top1"], row["eval/top5"])
+    np.testing.assert_allclose(result["loss"], row["eval/loss"], rtol=1e-6)
+    assert json.loads((workdir / "evaluation.json").read_text()) == result
+    printed = capsys.readouterr().out
+    assert re.search(r"step 6 \(ema weights\) on mnist5k/test: top-1 [\d.]+ % \(95 %", printed)
+
+    elsewhere = evaluate.evaluate_checkpoint(
+        CONFIG, tmp_path / "new", step="latest", checkpoint=str(workdir), weights="raw"
+    )
+    assert elsewhere["weights"] == "raw"
+    assert json.loads((tmp_path / "new" / "evaluation.json").read_text()) == elsewhere
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("batch_size", [8, 1000, 1008])
+def test_each_example_counts_once(workdir, batch_size, devices):
+    config = small_config(**{"eval.batch_size": batch_size})
+    source = evaluate.open_split(config, "test")
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]).reshape(-1, 1), ("data", "fsdp"))
+    run = load_run(workdir, "latest", sharding=sharding.replicated(mesh))
+
+    def all_zero(variables, batch):
+        logits = jax.nn.one_hot(jax.numpy.zeros_like(batch["label"]), 10)
+        mask = batch["mask"].astype("float32")
+        return {
+            "top1": ((batch["label"] == 0) * mask).sum(),
+            "count": mask.sum(),
+            "classes": (logits.sum(axis=-1) * mask).sum(),
+        }
+
+    batches = evaluate.eval_batches(config, source, mesh)
+    scores = evaluate.evaluate(jax.jit(all_zero), run.variables, batches)
+    assert scores == {"top1": 0.1, "classes": 1.0, "count": 1000}
+
+
+def test_other_classes_are_refused(workdir):
+    config = small_config(**{"data.name": "fake:64:7", "data.eval_split": "test"})
+    with pytest.raises(ConfigError, match="has 10 classes and config.data.name=fake:64:7 has 7"):
+        evaluate.evaluate_checkpoint(config, workdir)
+
+
+@pytest.mark.parametrize(
+    ("fraction", "count", "interval"),
+    [(0.5, 100, (0.4038, 0.5962)), (1.0, 1000, (0.9962, 1.0)), (0.9, 10, (0.5958, 0.9821))],
+)
+def test_wilson_interval(fraction, count, interval):
+    """Against published values of the score interval."""
+    np.testing.assert_allclose(evaluate.wilson_interval(fraction, count), interval, atol=1e-4)
