@@ -251,6 +251,7 @@ class TestRows(Contract):
     @pytest.fixture(autouse=True)
     def small_steps(self, monkeypatch):
         monkeypatch.setattr(xla, "ELEMENTS_PER_STEP", 2**15)
+        monkeypatch.setattr(xla, "STEPS_AT_ONCE", 1)
 
 
 def test_the_pairwise_cover_holds_every_pair():

@@ -25,14 +25,14 @@ def inputs(n=4, height=16, width=8, heads=2, d=4):
     ("elements", "loops", "steps"),
     # One row of blocks here: 2 blocks x 2 heads x 64 keys x (16 queries + 4 + 4) = 6,144 elements.
     [
-        (16 * 6144, 0, []),  # everything at once
-        (8 * 6144, 1, [2]),  # two images of four rows each
-        (2 * 6144, 2, [2, 4]),  # two rows of each image
-        (1, 2, [4, 4]),  # one row
+        (12 * 6144, 0, []),  # everything at once: four steps of three images
+        (8 * 6144, 1, [6]),  # two images of four rows each
+        (2 * 6144, 2, [2, 12]),  # two rows of each image
+        (1, 2, [4, 12]),  # one row
     ],
 )
 def test_rows_takes_as_much_at_a_time_as_fits(monkeypatch, elements, loops, steps):
-    arguments = inputs()
+    arguments = inputs(n=12)
     right = halo_attention(*arguments, **OPTIONS, implementation="xla_shift")
     monkeypatch.setattr(xla, "ELEMENTS_PER_STEP", elements)
     op = functools.partial(halo_attention, **OPTIONS, implementation="xla_rows")

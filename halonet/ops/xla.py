@@ -19,6 +19,9 @@ from halonet.ops import geometry
 # are 2.5 MiB, about the second-level caches of two CPU cores; times change by a tenth between half
 # and twice as many, and double at eight times.
 ELEMENTS_PER_STEP = 5 * 2**17
+# Up to so many steps are done at once instead: a loop this short saves less than computing the
+# logits again in the backward pass costs.
+STEPS_AT_ONCE = 4
 
 
 def halo_attention_shift(
@@ -62,7 +65,7 @@ def halo_attention_rows(
     d_v, rows, queries = v.shape[-1], height // block, (block // stride) ** 2
     keys = (width // block) * heads * geometry.window_size(block, halo) ** 2  # of a row of blocks
     fitting = ELEMENTS_PER_STEP // (keys * (queries + d_k + d_v))  # rows of blocks
-    if n * rows <= fitting:
+    if n * rows <= STEPS_AT_ONCE * fitting:
         return halo_attention_shift(q, k, v, row_table, col_table, **options)
 
     def few_images(q, k, v):
