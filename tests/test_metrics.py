@@ -59,9 +59,9 @@ def test_rows_are_in_the_file_at_once(events, tmp_path):
     assert read_metrics(tmp_path) == [start(0), row]
     lines = (tmp_path / "metrics" / "000.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [start(0), row]
+    log.close()
+    log.close()
     assert events.scalars == [(10, {"train/loss": 2.5, "perf/images_per_second": 100.0})]
-    log.close()
-    log.close()
     assert events.closed == 1
 
 
@@ -100,6 +100,7 @@ def test_history_of_a_second_start(events, tmp_path):
     assert losses(log.rows()) == [(10, 1.0), (20, 2.0), (30, 3.5)]
     log.rows().clear()
     assert losses(log.rows()) == [(10, 1.0), (20, 2.0), (30, 3.5)]
+    log.close()
 
 
 def test_torn_last_line_is_ignored(events, tmp_path):
@@ -123,6 +124,7 @@ def test_name_outside_the_groups(events, tmp_path, name):
     message = f"metric '{name}' must begin with train/, eval/ or perf/"
     with pytest.raises(ValueError, match=message):
         log.write(1, {"eval/top1": 0.5, name: 1.0})
+    log.close()
     assert not any("eval/top1" in row for row in [*log.rows(), *read_metrics(tmp_path)])
     assert events.scalars == []
 
