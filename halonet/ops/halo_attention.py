@@ -82,10 +82,10 @@ def halo_attention(
 def default_implementation(platform: str, devices: int) -> str:
     """Returns the implementation that `halo_attention` takes when none is named.
 
-    On one CPU, a few rows of blocks at a time: the logits stay in the cache. Training mostly measures 0.4
-    to 0.9 of the time of all at once where there is much to compute, and the same where there is
-    little (`python -m experiments.bench_attention`). Elsewhere all at once: the loop of the other
-    would gather a batch that several devices share, and would leave an accelerator idle.
+    On one CPU, a few rows of blocks at a time: the logits stay in the cache. Training measures
+    mostly 0.4 to 0.9 of the time of all at once where there is much to compute, and the same where
+    there is little (`python -m experiments.bench_attention`). Elsewhere all at once: the loop of
+    the other would gather a batch that several devices share, and leave an accelerator idle.
 
     Args:
       platform: "cpu", "gpu" or "tpu".
