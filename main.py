@@ -6,7 +6,7 @@ python main.py --config=configs/mnist.py --workdir=runs/mnist --mode=evaluate
 
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from halonet import runtime
@@ -22,12 +22,13 @@ flags.DEFINE_enum("evaluate.weights", "", ["", "ema", "raw"], "empty: averaged w
 flags.DEFINE_string("distributed.coordinator", "", "host:port of process 0; empty: detected")
 flags.DEFINE_integer("distributed.process_id", -1, "of this process, with a coordinator")
 flags.DEFINE_integer("distributed.process_count", 0, "of the run, with a coordinator")
-FLAGS.set_default("verbosity", -1)  # warnings; the libraries' own progress with --verbosity=0
 flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main(argv: list[str]) -> None:
     del argv
+    if not FLAGS["verbosity"].present:  # app.run turns the libraries' own progress on
+        logging.set_verbosity(logging.WARNING)
     try:
         runtime.enable_compilation_cache()
         print(

@@ -20,12 +20,12 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict()
     config.data.name = "mnist5k"  # mnist5k, fake:EXAMPLES:CLASSES, or a TensorFlow Datasets name
     config.data.data_dir = ""  # folder of prepared data sets; may be gs://
-    config.data.train_split = "train"
-    config.data.eval_split = "test"
-    config.data.image_size = 32  # pixels, height and width
+    config.data.train_split = "train"  # name, or a slice such as train[:10000]
+    config.data.eval_split = "test"  # likewise
+    config.data.image_size = 256  # pixels, height and width
     config.data.batch_size = 128  # examples per step, over all devices and processes
     config.data.mean = (0.485, 0.456, 0.406)  # per channel, white is 1: ImageNet's
-    config.data.std = (0.229, 0.224, 0.225)
+    config.data.std = (0.229, 0.224, 0.225)  # per channel
     config.data.threads = 1  # host threads that read and augment, per process
 
     config.augment = ConfigDict()

@@ -7,6 +7,7 @@ def get_config():
     config = default.get_config()
     config.model.name = "halonet_tiny"
     config.data.name = "mnist5k"
+    config.data.image_size = 32
     config.data.mean = (0.1307 * 0.77,) * 3
     config.data.std = (0.3081,) * 3
     config.augment.rotate = 12.0

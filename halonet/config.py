@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -51,7 +52,11 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     Give it to `absl.app.run(main, flags_parser=...)`.
     """
     try:
-        return flags.FLAGS(list(argv))
+        rest = flags.FLAGS(list(argv))
+        if len(rest) > 1:
+            raise flags.Error(f"'{rest[1]}' is not a flag; did you mean '--{rest[1]}'?")
+        flags.FLAGS.config.to_dict()  # a file that cannot be read is known only when it is used
+        return rest
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         print(f"error: {_explain(argv, error)}", file=sys.stderr)
         sys.exit(2)
@@ -59,14 +64,20 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
 
 def _explain(argv: Sequence[str], error: Exception) -> str:
     """What is wrong with the command line: the key, its value and the nearest good one."""
-    try:
-        known = list(flatten(flags.FLAGS.config))
-    except (flags.Error, AttributeError, TypeError):
+    path = _config_path(argv)
+    if path and not epath.Path(path).exists():
+        return f"--config={path}: there is no such file"
+    if not path:
         return _one_line(error)
-    for argument in argv[1:]:
+    # Afresh: where an override is unknown, the flag itself holds no configuration.
+    config = flags.FLAGS["config"].parser.parse(path)
+    known = list(flatten(config))
+    for argument, following in zip(argv[1:], [*argv[2:], ""], strict=True):
         name, equals, value = argument.lstrip("-").partition("=")
         if not argument.startswith("--") or not name.startswith("config."):
             continue
+        if not equals:
+            value = following
         key = name.removeprefix("config.")
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1, cutoff=0.5) or [
@@ -74,10 +85,19 @@ def _explain(argv: Sequence[str], error: Exception) -> str:
             ]
             hint = f"did you mean '{close[0]}'?" if close else "configs/default.py lists them"
             return f"no config key '{key}' (value '{value}'); {hint}"
-        if equals and f"config.{key}" in str(error):
-            kind = type(_lookup(flags.FLAGS.config, key)).__name__
+        if f"config.{key}" in str(error):
+            kind = type(_lookup(config, key)).__name__
             return f"config.{key}={value} is not of the key's type, {kind}"
     return _one_line(error)
+
+
+def _config_path(argv: Sequence[str]) -> str:
+    """The value of --config, in either way of writing it; "" where there is none."""
+    for argument, following in zip(argv[1:], [*argv[2:], ""], strict=True):
+        name, equals, value = argument.partition("=")
+        if name in ("--config", "-config"):
+            return value if equals else following
+    return ""
 
 
 def _lookup(config: ConfigDict, key: str) -> Any:
@@ -105,6 +125,9 @@ def validate(config: ConfigDict, *, num_classes: int) -> HaloNet:
         *("eval.every_steps", "eval.batch_size", "checkpoint.every_steps"),
         *("checkpoint.keep_latest", "log.every_steps"),
     )
+    for key, value in flat.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"config.{key}={value} must be finite")
     for key in positive:
         if flat[key] <= 0:
             raise ConfigError(f"config.{key}={flat[key]} must be above 0")
@@ -122,6 +145,8 @@ def validate(config: ConfigDict, *, num_classes: int) -> HaloNet:
     for key in ("data.mean", "data.std"):
         if len(flat[key]) != 3:
             raise ConfigError(f"config.{key}={flat[key]} must have three numbers, one a channel")
+    if min(flat["data.std"]) <= 0:
+        raise ConfigError(f"config.data.std={flat['data.std']} must be above 0")
     if not (flat["train.steps"] or flat["train.epochs"]):
         raise ConfigError("config.train.steps and config.train.epochs are both 0; set one of them")
     choices = {"optim.name": optim.OPTIMIZERS, "model.dtype": ("float32", "bfloat16")}
@@ -203,4 +228,7 @@ def load_config(workdir: epath.PathLike) -> ConfigDict:
     path = epath.Path(workdir) / "config.json"
     if not path.exists():
         raise ConfigError(f"{workdir} holds no run: there is no config.json in it")
-    return ConfigDict(json.loads(path.read_text()))
+    try:
+        return ConfigDict(json.loads(path.read_text()))
+    except ValueError as error:
+        raise ConfigError(f"{path} is damaged: {_one_line(error)}") from error

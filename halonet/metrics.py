@@ -34,6 +34,7 @@ class MetricsLog:
         workdir = epath.Path(workdir)
         self._rows = read_metrics(workdir, until=start_step)
         self._mine: list[Row] = [{"step": start_step, "perf/started": 1.0}]
+        self._rows += self._mine
         self._path = None
         self._events: _Events | None = None
         if primary:
@@ -50,7 +51,7 @@ class MetricsLog:
           ValueError: for a name outside train/, eval/ and perf/.
         """
         for name in values:
-            if name.split("/")[0] not in ("train", "eval", "perf"):
+            if not name.startswith(("train/", "eval/", "perf/")):
                 raise ValueError(f"metric '{name}' must begin with train/, eval/ or perf/")
         row = {"step": step, **{name: float(value) for name, value in values.items()}}
         self._rows.append(row)

@@ -18,7 +18,7 @@ def warmup_cosine(*, peak: float, total_steps: int, warmup: float) -> optax.Sche
       total_steps: optimizer steps of the whole run.
       warmup: fraction of `total_steps`, in [0, 1).
     """
-    warmup_steps = round(warmup * total_steps)
+    warmup_steps = min(round(warmup * total_steps), total_steps - 1)
     return optax.schedules.warmup_cosine_decay_schedule(
         init_value=0.0 if warmup_steps else peak,
         peak_value=peak,

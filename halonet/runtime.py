@@ -17,6 +17,12 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 PREEMPTED = 75  # exit code: saved, start me again (EX_TEMPFAIL)
 
 
+class DistributedError(ValueError):
+    """Settings that do not go together. The message is one line."""
+
+    exit_code = 2
+
+
 class Interrupted(Exception):
     """The run was asked to stop, and its state is saved."""
 
@@ -38,7 +44,7 @@ def join_processes(*, coordinator: str = "", process_id: int = -1, process_count
     """
     if coordinator or process_id >= 0 or process_count:
         if not (coordinator and 0 <= process_id < process_count):
-            raise ValueError(
+            raise DistributedError(
                 f"distributed.coordinator={coordinator!r}, distributed.process_id={process_id} and "
                 f"distributed.process_count={process_count} go together: host:port, and an id from "
                 "0 to count - 1"
@@ -61,7 +67,7 @@ def _cluster_size() -> int:
     for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "JAX_NUM_PROCESSES"):
         if os.environ.get(name, "").isdigit():
             return int(os.environ[name])
-    return len([h for h in os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",") if h])
+    return max(1, len([h for h in os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",") if h]))
 
 
 def enable_compilation_cache() -> None:

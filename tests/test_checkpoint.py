@@ -1,4 +1,4 @@
-"""Saving, keeping, restoring: on any sharding, whole or in part, with one line when it cannot be."""
+"""Saving, keeping and restoring, on any sharding; one line where it cannot be."""
 
 import dataclasses
 import time

@@ -22,7 +22,7 @@ TABLE = {
     "halonet": ("models run ops.halo_attention", "", ""),
     "halonet.ops": ("ops", "jax numpy", ""),
     "halonet.models": ("ops.halo_attention models", "flax jax numpy", ""),
-    "halonet.models.__main__": ("models", "absl ml_collections", ""),
+    "halonet.models.__main__": ("models", "absl jax ml_collections", ""),
     "halonet.models.convert": ("models", "flax jax numpy", "safetensors torch"),
     "halonet.models.convert.__main__": ("models checkpoint", "absl ml_collections", ""),
     "halonet.data": ("data", "PIL grain numpy", ""),
@@ -38,13 +38,14 @@ TABLE = {
     "halonet.plots": ("", "matplotlib numpy", ""),
     "halonet.steps": ("", "jax numpy optax", ""),
     "halonet.config": ("models optim", "absl jax ml_collections", ""),
+    # "best" is read from the run's own record, hence metrics.
     "halonet.run": (
-        "models data steps checkpoint sharding plots config",
+        "models data steps checkpoint sharding plots config metrics",
         "jax ml_collections numpy",
         "",
     ),
     "halonet.evaluate": (
-        "models data steps checkpoint sharding plots config",
+        "models data steps checkpoint sharding plots config run",
         "jax ml_collections numpy",
         "",
     ),
@@ -67,7 +68,7 @@ TABLE = {
     "configs": ("configs.default", "ml_collections", ""),
     "experiments": (
         "halonet configs experiments",
-        "absl ml_collections pandas submitit",
+        "absl jax matplotlib ml_collections numpy pandas PIL sklearn submitit",
         "",
     ),
 }
