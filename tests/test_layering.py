@@ -65,7 +65,7 @@ TABLE = {
         "",
     ),
     "main": ("train evaluate export plan config runtime", "absl ml_collections", ""),
-    "configs": ("configs.default", "ml_collections", ""),
+    "configs": ("configs", "ml_collections", ""),
     "experiments": (
         "halonet configs experiments",
         "absl jax matplotlib ml_collections numpy pandas PIL sklearn submitit",

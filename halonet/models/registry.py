@@ -53,13 +53,13 @@ VARIANTS: dict[str, Variant] = {
     # Ours, for images of about 32 px on a laptop: 16x16 and 8x8 maps in blocks of 4.
     "halonet_tiny": Variant(
         32,
-        0,
+        231_560,
         {
             "block_size": 4,
-            "halo_size": 2,
+            "halo_size": 1,
             "value_ratio": 1.0,
             "out_ratio": 2.0,
-            "depths": (2, 2),
+            "depths": (1, 3),
             "widths": (32, 64),
             "heads": (2, 4),
             "stem_width": 32,

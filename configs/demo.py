@@ -1,0 +1,10 @@
+"""configs/mnist.py on a shorter schedule: what `make demo` runs, in minutes on a laptop."""
+
+from configs import mnist
+
+
+def get_config():
+    """Twelve epochs."""
+    config = mnist.get_config()
+    config.train.epochs = 12
+    return config
