@@ -196,25 +196,30 @@ def total_steps(config: ConfigDict, examples: int) -> int:
     return config.train.steps or max(1, round(batches))
 
 
-def save_config(config: ConfigDict, workdir: epath.PathLike) -> None:
-    """Writes config.json, or checks that the one in `workdir` is of the same run.
+def check_workdir(config: ConfigDict, workdir: epath.PathLike) -> None:
+    """Refuses a workdir that holds another run.
 
     Raises:
-      ConfigError: listing the keys that differ.
+      ConfigError: listing the keys that differ, but for those of `MAY_CHANGE`.
     """
+    if not (epath.Path(workdir) / "config.json").exists():
+        return
+    saved, now = flatten(load_config(workdir)), flatten(config)
+    differing = [
+        f"{key}: {saved.get(key)!r} there, {now.get(key)!r} now"
+        for key in sorted(saved.keys() | now.keys())
+        if saved.get(key) != now.get(key) and not key.startswith(MAY_CHANGE)
+    ]
+    if differing:
+        raise ConfigError(
+            f"{workdir} belongs to a run of another configuration ({'; '.join(differing)}); "
+            "take another --workdir, or the old values"
+        )
+
+
+def save_config(config: ConfigDict, workdir: epath.PathLike) -> None:
+    """Writes config.json into `workdir`, which is made where it does not exist."""
     path = epath.Path(workdir) / "config.json"
-    if path.exists():
-        saved, now = flatten(load_config(workdir)), flatten(config)
-        differing = [
-            f"{key}: {saved.get(key)!r} there, {now.get(key)!r} now"
-            for key in sorted(saved.keys() | now.keys())
-            if saved.get(key) != now.get(key) and not key.startswith(MAY_CHANGE)
-        ]
-        if differing:
-            raise ConfigError(
-                f"{workdir} belongs to a run of another configuration ({'; '.join(differing)}); "
-                "take another --workdir, or the old values"
-            )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
 

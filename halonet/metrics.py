@@ -11,6 +11,7 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import math
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -100,6 +101,9 @@ class _Events:
 
 
 def _open_writer(folder: epath.Path):
+    # TensorFlow announces its CPU options on import, into the middle of the progress line.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     from clu import metric_writers
 
     return metric_writers.SummaryWriter(str(folder))

@@ -11,9 +11,6 @@ from collections.abc import Mapping
 
 import jax
 
-# TensorFlow, where it is imported, announces its CPU options at every start.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
 PREEMPTED = 75  # exit code: saved, start me again (EX_TEMPFAIL)
 
 

@@ -57,6 +57,7 @@ def train_and_evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str,
     eval_source = evaluate_lib.open_split(config, config.data.eval_split)
     model = config_lib.validate(config, num_classes=len(train_source.classes))
     mesh = _make_mesh(config)
+    config_lib.check_workdir(config, workdir)
     total = config_lib.total_steps(config, len(train_source))
     meta = {
         "data": {"train": train_source.fingerprint, "eval": eval_source.fingerprint},
@@ -69,9 +70,9 @@ def train_and_evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str,
         return summary
     if start:
         _check_same_data(read_meta(step_folder(workdir, start)), meta, workdir)
+    multihost_utils.sync_global_devices("every process has read the workdir")
     if primary:
         config_lib.save_config(config, workdir)
-    multihost_utils.sync_global_devices("config.json is written")
 
     # The state, abstract first: its shardings are known before any array exists.
     schedule = optim.warmup_cosine(
@@ -180,6 +181,12 @@ def train_and_evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str,
 
     _introduce(progress, config, workdir, abstract_state.params, mesh, start=start, total=total)
     with closing, runtime.StopSignal(enabled=jax.process_count() == 1) as stop:
+        # Compiled once and for all: a batch of another shape would be an error, not a compilation.
+        started = time.perf_counter()
+        train_step = train_step.lower(state, _abstract_batch(config, mesh)).compile()
+        seconds = time.perf_counter() - started
+        progress.say(f"compiled the step in {seconds:.0f} s")
+        progress.pause(seconds)
         if start and eval_due(start) and not _evaluated(log.rows(), start):
             evaluate(start)
         in_flight: collections.deque[jax.Array] = collections.deque()
@@ -235,6 +242,13 @@ def _make_mesh(config: ConfigDict) -> jax.sharding.Mesh:
         return sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
     except ValueError as error:
         raise config_lib.ConfigError(f"config.{error}") from error
+
+
+def _abstract_batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """The shapes of a global training batch, as the pipeline makes it."""
+    n, size = config.data.batch_size, config.data.image_size
+    shape = functools.partial(jax.ShapeDtypeStruct, sharding=sharding.batch_sharding(mesh))
+    return {"image": shape((n, size, size, 3), "uint8"), "label": shape((n,), "int32")}
 
 
 def _check_same_data(saved: dict[str, Any], now: dict[str, Any], workdir: epath.Path) -> None:
