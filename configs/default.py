@@ -62,5 +62,6 @@ def get_config() -> ConfigDict:
 
     config.log = ConfigDict()
     config.log.every_steps = 50  # steps between rows of metrics
-    config.log.profile = False  # trace steps 10 to 14 for TensorBoard's profiler
-    return config
+    config.log.profile = False  # trace five early steps for TensorBoard's profiler
+    # A key that is not above is a mistake, in a config file as on the command line.
+    return config.lock()

@@ -4,7 +4,7 @@ from configs import mnist
 
 
 def get_config():
-    """Twelve epochs."""
+    """Sixteen epochs."""
     config = mnist.get_config()
-    config.train.epochs = 12
+    config.train.epochs = 16
     return config

@@ -13,7 +13,7 @@ from configs import default
 
 
 def get_config():
-    """Thirty epochs."""
+    """Twenty-four epochs."""
     config = default.get_config()
     config.model.name = "halonet_tiny"
     config.model.bn_group = 32
@@ -30,7 +30,7 @@ def get_config():
     config.augment.scale = 0.12
     config.augment.translate = 0.08
 
-    config.train.epochs = 30
+    config.train.epochs = 24
     config.train.ema_decay = 0.999
     config.optim.learning_rate = 3e-3
 

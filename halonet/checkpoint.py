@@ -38,7 +38,7 @@ class _KeepSteps(preservation_policy.PreservationPolicy):
 
 
 class Checkpointer:
-    """Saves and restores the train states of one run.
+    """Saves the train states of one run.
 
     Args:
       workdir: the run's folder; checkpoints lie in `workdir/checkpoints`.
@@ -64,7 +64,7 @@ class Checkpointer:
             cleanup_tmp_directories="://" not in str(workdir),
         )
         try:
-            self._manager = ocp.CheckpointManager(epath.Path(workdir) / FOLDER, options=options)
+            self._manager = ocp.CheckpointManager(_absolute(workdir) / FOLDER, options=options)
         except ModuleNotFoundError as error:
             raise CheckpointError(
                 f"checkpoints in {workdir} need the package {error.name}: "
@@ -81,19 +81,6 @@ class Checkpointer:
             ),
         )
 
-    def latest_step(self) -> int | None:
-        """The newest complete checkpoint, or None."""
-        return self._manager.latest_step()
-
-    def restore(self, step: int, abstract_state: Any) -> Any:
-        """The state at `step`, on the shardings of `abstract_state`.
-
-        Raises:
-          CheckpointError: where it is damaged or its arrays are not those of `abstract_state`.
-        """
-        path = self._manager.directory / str(step)
-        return type(abstract_state)(**restore_arrays(path, _as_dict(abstract_state)))
-
     def check_errors(self) -> None:
         """Raises what went wrong in a save since the last call, without waiting for it."""
         self._manager.check_for_errors()
@@ -109,7 +96,7 @@ class Checkpointer:
 
 def saved_steps(workdir: epath.PathLike) -> list[int]:
     """The steps with a complete checkpoint under `workdir`, oldest first."""
-    folder = epath.Path(workdir) / FOLDER
+    folder = _absolute(workdir) / FOLDER
     if not folder.exists():
         return []
     return sorted(ocp.utils.checkpoint_steps(folder))
@@ -125,7 +112,7 @@ def step_folder(workdir: epath.PathLike, step: int) -> epath.Path:
     if step not in steps:
         found = ", ".join(map(str, steps)) or "none"
         raise CheckpointError(f"no checkpoint of step {step} in {workdir}; steps found: {found}")
-    return epath.Path(workdir) / FOLDER / str(step)
+    return _absolute(workdir) / FOLDER / str(step)
 
 
 def read_meta(folder: epath.PathLike) -> dict[str, Any]:
@@ -134,18 +121,29 @@ def read_meta(folder: epath.PathLike) -> dict[str, Any]:
     Raises:
       CheckpointError: where `folder` is not a checkpoint, or of a newer format.
     """
-    folder = epath.Path(folder)
+    folder = _absolute(folder)
     try:
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
             meta = checkpointer.restore(folder / "meta")
-    except (FileNotFoundError, ValueError) as error:
+        version = meta["format_version"]
+    except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder} is not a readable checkpoint: {_line(error)}") from error
-    if meta["format_version"] > FORMAT_VERSION:
+    if version > FORMAT_VERSION:
         raise CheckpointError(
-            f"{folder} has format version {meta['format_version']}, newer than this program's "
+            f"{folder} has format version {version}, newer than this program's "
             f"{FORMAT_VERSION}; update halonet"
         )
     return meta
+
+
+def restore_state(workdir: epath.PathLike, step: int, abstract_state: Any) -> Any:
+    """The whole state at `step`, on the shardings of `abstract_state`.
+
+    Raises:
+      CheckpointError: where it is damaged or its arrays are not those of `abstract_state`.
+    """
+    folder = step_folder(workdir, step)
+    return type(abstract_state)(**restore_arrays(folder, _as_dict(abstract_state)))
 
 
 def restore_arrays(folder: epath.PathLike, target: dict[str, Any]) -> dict[str, Any]:
@@ -159,7 +157,7 @@ def restore_arrays(folder: epath.PathLike, target: dict[str, Any]) -> dict[str, 
       CheckpointError: where it is damaged, or a field holds other arrays than `target`: one error
         that lists them all.
     """
-    path = epath.Path(folder) / "state"
+    path = _absolute(folder) / "state"
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             stored = _describe(checkpointer.metadata(path).item_metadata.tree)
@@ -184,7 +182,10 @@ def restore_arrays(folder: epath.PathLike, target: dict[str, Any]) -> dict[str, 
     except CheckpointError:
         raise
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"cannot restore {folder}, is it damaged? {_line(error)}") from error
+        raise CheckpointError(
+            f"cannot restore {folder}, it is damaged: {_line(error)}; without that folder the run "
+            "goes on from the checkpoint before"
+        ) from error
 
 
 def _describe(tree: Any) -> dict[str, str]:
@@ -201,6 +202,12 @@ def _describe(tree: Any) -> dict[str, str]:
 def _as_dict(state: Any) -> dict[str, Any]:
     """A state's fields by name: what lies on disk does not depend on a Python class."""
     return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+
+
+def _absolute(path: epath.PathLike) -> epath.Path:
+    """Orbax refuses relative paths; resolve() alone would make gs://b a folder of this one."""
+    path = epath.Path(path)
+    return path if path.is_absolute() else path.resolve()
 
 
 def _line(error: Exception) -> str:

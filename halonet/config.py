@@ -18,6 +18,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from halonet import optim
+from halonet.metrics import write_whole
 from halonet.models import HaloNet, create_model
 
 # What may change between the starts of one run: none of it changes what is computed.
@@ -70,7 +71,10 @@ def _explain(argv: Sequence[str], error: Exception) -> str:
     if not path:
         return _one_line(error)
     # Afresh: where an override is unknown, the flag itself holds no configuration.
-    config = flags.FLAGS["config"].parser.parse(path)
+    try:
+        config = flags.FLAGS["config"].parser.parse(path)
+    except Exception as in_file:  # the file is a program: anything can be wrong in it
+        return f"{path}: {_one_line(in_file)}"
     known = list(flatten(config))
     for argument, following in zip(argv[1:], [*argv[2:], ""], strict=True):
         name, equals, value = argument.lstrip("-").partition("=")
@@ -86,8 +90,8 @@ def _explain(argv: Sequence[str], error: Exception) -> str:
             hint = f"did you mean '{close[0]}'?" if close else "configs/default.py lists them"
             return f"no config key '{key}' (value '{value}'); {hint}"
         if f"config.{key}" in str(error):
-            kind = type(_lookup(config, key)).__name__
-            return f"config.{key}={value} is not of the key's type, {kind}"
+            now = _lookup(config, key)
+            return f"config.{key}={value} is not of the key's type, {type(now).__name__}: now {now}"
     return _one_line(error)
 
 
@@ -110,11 +114,8 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def validate(config: ConfigDict, *, num_classes: int) -> HaloNet:
-    """Checks everything that does not need the data, and builds the model.
-
-    Args:
-      num_classes: of the data set.
+def check_values(config: ConfigDict) -> None:
+    """Checks each key on its own.
 
     Raises:
       ConfigError: naming the key, its value and what would do.
@@ -128,11 +129,13 @@ def validate(config: ConfigDict, *, num_classes: int) -> HaloNet:
     for key, value in flat.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"config.{key}={value} must be finite")
+    if not 0 <= flat["seed"] < 2**32:
+        raise ConfigError(f"config.seed={flat['seed']} must be from 0 to {2**32 - 1}")
     for key in positive:
         if flat[key] <= 0:
             raise ConfigError(f"config.{key}={flat[key]} must be above 0")
     not_negative = (
-        *("seed", "data.threads", "augment.rotate", "train.steps", "train.epochs"),
+        *("data.threads", "augment.rotate", "train.steps", "train.epochs"),
         *("optim.weight_decay", "optim.clip_norm", "checkpoint.keep_best", "mesh.data"),
     )
     for key in not_negative:
@@ -143,7 +146,8 @@ def validate(config: ConfigDict, *, num_classes: int) -> HaloNet:
         if not 0 <= flat[key] < 1:
             raise ConfigError(f"config.{key}={flat[key]} must be at least 0 and below 1")
     for key in ("data.mean", "data.std"):
-        if len(flat[key]) != 3:
+        numbers = [x for x in flat[key] if isinstance(x, int | float) and math.isfinite(x)]
+        if len(flat[key]) != 3 or len(numbers) != 3:
             raise ConfigError(f"config.{key}={flat[key]} must have three numbers, one a channel")
     if min(flat["data.std"]) <= 0:
         raise ConfigError(f"config.data.std={flat['data.std']} must be above 0")
@@ -154,15 +158,22 @@ def validate(config: ConfigDict, *, num_classes: int) -> HaloNet:
         if flat[key] not in known:
             raise ConfigError(f"config.{key}={flat[key]!r} is not one of {', '.join(known)}")
 
+
+def validate(config: ConfigDict, *, num_classes: int) -> HaloNet:
+    """Checks how the keys fit together and to the devices, and builds the model.
+
+    Args:
+      num_classes: of the data set.
+
+    Raises:
+      ConfigError: naming the key, its value and what would do.
+    """
+    check_values(config)
     try:
         model = build_model(config, num_classes=num_classes)
     except ValueError as error:
         raise ConfigError(f"config.model.name: {error}") from error
-    size = config.data.image_size
-    try:
-        model.check_image_size(size, size)
-    except ValueError as error:
-        raise ConfigError(f"config.data.image_size={size}: {error}") from error
+    check_image_size(model, config.data.image_size)
     check_devices("data.batch_size", config.data.batch_size, config.model.bn_group)
     check_devices("eval.batch_size", config.eval.batch_size)
     return model
@@ -176,6 +187,14 @@ def build_model(config: ConfigDict, *, num_classes: int) -> HaloNet:
         dtype=config.model.dtype,
         bn_group=config.model.bn_group,
     )
+
+
+def check_image_size(model: HaloNet, size: int) -> None:
+    """Refuses images that the model's blocks do not divide."""
+    try:
+        model.check_image_size(size, size)
+    except ValueError as error:
+        raise ConfigError(f"config.data.image_size={size}: {error}") from error
 
 
 def check_devices(key: str, batch_size: int, bn_group: int = 1) -> None:
@@ -220,8 +239,13 @@ def check_workdir(config: ConfigDict, workdir: epath.PathLike) -> None:
 def save_config(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Writes config.json into `workdir`, which is made where it does not exist."""
     path = epath.Path(workdir) / "config.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    text = json.dumps(config.to_dict(), indent=2) + "\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists() or path.read_text() != text:
+            write_whole(path, text)
+    except OSError as error:
+        raise ConfigError(f"--workdir={workdir} cannot be written: {error.strerror}") from error
 
 
 def load_config(workdir: epath.PathLike) -> ConfigDict:

@@ -14,14 +14,14 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from halonet import plots, sharding, steps
-from halonet.config import ConfigError, check_devices
+from halonet.config import ConfigError, check_devices, check_image_size, check_values
 from halonet.data import device, pipeline, sources
 from halonet.models import HaloNet
 from halonet.run import load_run
 
 
 def open_split(config: ConfigDict, split: str) -> sources.Source:
-    """A split of the configured data set.
+    """A split of the data set that a configuration names.
 
     Raises:
       DataError: where the data is not there.
@@ -38,6 +38,18 @@ def open_split(config: ConfigDict, split: str) -> sources.Source:
         raise
     except ValueError as error:
         raise ConfigError(f"config.data: {error}") from error
+
+
+def make_mesh(config: ConfigDict) -> jax.sharding.Mesh:
+    """The mesh that a configuration asks for.
+
+    Raises:
+      ConfigError: where it does not fit the devices.
+    """
+    try:
+        return sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
+    except ValueError as error:
+        raise ConfigError(f"config.{error}") from error
 
 
 def make_eval_step(model: HaloNet, config: ConfigDict) -> Callable:
@@ -69,7 +81,7 @@ def eval_batches(
         process_count=jax.process_count(),
         threads=config.data.threads,
     )
-    return device.prefetch(batches, sharding.batch_sharding(mesh))
+    return device.Prefetcher(batches, sharding.batch_sharding(mesh))
 
 
 def evaluate(eval_step: Callable, variables: dict[str, Any], batches: Iterable) -> dict[str, float]:
@@ -110,7 +122,7 @@ def draw_predictions(
 
     All processes take part; the first one draws.
     """
-    logits, images, labels = [], [], []
+    logits = []
     for batch in eval_batches(config, source, mesh):
         logits.append(np.asarray(predict_step(variables, batch["image"])))
         if sum(map(len, logits)) >= min(limit, len(source)):
@@ -150,7 +162,8 @@ def evaluate_checkpoint(
       checkpoint: another run's folder, or one of its checkpoints, instead of `workdir`'s.
       weights: "ema", "raw", or "" for the averages where they were kept.
     """
-    mesh = sharding.make_mesh()
+    check_values(config)
+    mesh = make_mesh(config)
     check_devices("eval.batch_size", config.eval.batch_size)
     source = open_split(config, config.data.eval_split)
     where = epath.Path(checkpoint or workdir)
@@ -159,14 +172,16 @@ def evaluate_checkpoint(
     except ValueError as error:
         if hasattr(error, "exit_code"):
             raise
-        raise ConfigError(str(error)) from error
+        raise ConfigError(f"--evaluate.{error}") from error
     if len(run.classes) != len(source.classes):
         raise ConfigError(
             f"{where} has {len(run.classes)} classes and config.data.name={config.data.name} has "
             f"{len(source.classes)}; evaluate it on the data it was trained for"
         )
+    check_image_size(run.model, config.data.image_size)
+    # Normalised as the run was trained, whatever data it is scored on.
     scores = evaluate(
-        make_eval_step(run.model, config), run.variables, eval_batches(config, source, mesh)
+        make_eval_step(run.model, run.config), run.variables, eval_batches(config, source, mesh)
     )
     low, high = wilson_interval(scores["top1"], scores["count"])
     result = {

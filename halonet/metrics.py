@@ -41,8 +41,9 @@ class MetricsLog:
         if primary:
             parts = workdir / PARTS
             parts.mkdir(parents=True, exist_ok=True)
-            self._path = parts / f"{len(_part_paths(workdir)):03d}.jsonl"
-            self._path.write_text(_dump(self._mine))
+            number = max((int(path.stem) for path in _part_paths(workdir)), default=-1) + 1
+            self._path = parts / f"{number:03d}.jsonl"
+            write_whole(self._path, _dump(self._mine))
             self._events = _Events(workdir / EVENTS)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -58,8 +59,9 @@ class MetricsLog:
         self._rows.append(row)
         self._mine.append(row)
         if self._path is not None:
-            # The whole part anew: a few hundred kB at most, and no append on an object store.
-            self._path.write_text(_dump(self._mine))
+            # The whole part anew, for want of append on an object store: 200 bytes a row, so a
+            # few hundred kB where rows are as rare as a long run wants them.
+            write_whole(self._path, _dump(self._mine))
             self._events.write(step, {name: row[name] for name in values})
 
     def rows(self) -> list[Row]:
@@ -69,7 +71,7 @@ class MetricsLog:
     def finish(self) -> None:
         """Joins all parts into `metrics.jsonl`."""
         if self._path is not None:
-            (self._path.parent.parent / "metrics.jsonl").write_text(_dump(self._rows))
+            write_whole(self._path.parent.parent / "metrics.jsonl", _dump(self._rows))
 
     def close(self) -> None:
         """Flushes the event files."""
@@ -126,6 +128,16 @@ def read_metrics(workdir: epath.PathLike, *, until: float = math.inf) -> list[Ro
     return [row for row in rows if row["step"] <= until]
 
 
+def write_whole(path: epath.Path, text: str) -> None:
+    """Writes a file such that a kill leaves the old one or the new one, never half of it."""
+    if "://" in str(path):
+        path.write_text(text)  # an object appears when it is complete
+    else:
+        part = path.with_name(path.name + ".tmp")
+        part.write_text(text)
+        part.replace(path)
+
+
 def best_steps(rows: list[Row], count: int, name: str = "eval/top1") -> list[int]:
     """The `count` steps with the highest `name`, best first; of equals, the later."""
     scores = {row["step"]: row[name] for row in rows if name in row}
@@ -134,7 +146,8 @@ def best_steps(rows: list[Row], count: int, name: str = "eval/top1") -> list[int
 
 def _part_paths(workdir: epath.Path) -> list[epath.Path]:
     folder = workdir / PARTS
-    return sorted(folder.glob("[0-9]*.jsonl")) if folder.exists() else []
+    paths = folder.glob("[0-9]*.jsonl") if folder.exists() else []
+    return sorted(paths, key=lambda path: int(path.stem))
 
 
 def _dump(rows: list[Row]) -> str:

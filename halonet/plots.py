@@ -21,7 +21,7 @@ def learning_curves(rows: Sequence[dict[str, Any]], path: epath.PathLike) -> Non
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     loss, error, rate = figure.subplots(1, 3)
     for name, label, style in (
-        ("train/loss", "training batches", {"linewidth": 0.8, "alpha": 0.8}),
+        ("train/loss", "training batches (smoothed labels)", {"linewidth": 0.8, "alpha": 0.8}),
         ("eval/loss", "held out", {"marker": "o", "markersize": 3}),
     ):
         loss.plot(*_series(rows, name), label=label, **style)

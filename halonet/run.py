@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,8 +66,12 @@ class Run:
 
     def predict(self, images: Sequence[Any] | np.ndarray) -> Float[np.ndarray, "n classes"]:
         """Probabilities of the classes for images as `preprocess` takes them."""
-        logits = _apply(self.model)(self.variables, self.preprocess(images))
+        logits = self._apply(self.variables, self.preprocess(images))
         return np.asarray(jax.nn.softmax(logits, axis=-1))
+
+    @functools.cached_property
+    def _apply(self):
+        return jax.jit(functools.partial(self.model.apply, train=False))
 
 
 def load_run(
@@ -106,7 +111,7 @@ def load_run(
     variables = jax.eval_shape(
         lambda: model.init(jax.random.key(0), jnp.zeros((1, size, size, 3)), train=False)
     )
-    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = checkpoint.abstract_on(variables, sharding)
     if weights == "ema":
         variables = checkpoint.restore_arrays(folder, {"ema": target})["ema"]
@@ -127,7 +132,3 @@ def resolve_step(workdir: epath.PathLike, step: str | int) -> int:
     rows = [row for row in metrics.read_metrics(workdir) if row["step"] in steps]
     best = metrics.best_steps(rows, 1)
     return best[0] if step == "best" and best else steps[-1]
-
-
-def _apply(model: HaloNet):
-    return jax.jit(lambda variables, images: model.apply(variables, images, train=False))

@@ -46,22 +46,31 @@ def join_processes(*, coordinator: str = "", process_id: int = -1, process_count
                 f"distributed.process_count={process_count} go together: host:port, and an id from "
                 "0 to count - 1"
             )
-        jax.distributed.initialize(coordinator, process_count, process_id)
         how = f"coordinator {coordinator}"
+        _initialize(how, coordinator, process_count, process_id)
     elif _cluster_size() > 1:
-        jax.distributed.initialize()
         how = "detected from the environment"
+        _initialize(how)
     else:
-        how = "alone"
+        return f"alone, on {jax.device_count()} {jax.default_backend()} device(s)"
     return (
         f"process {jax.process_index()} of {jax.process_count()} ({how}), "
         f"{jax.local_device_count()} of {jax.device_count()} {jax.default_backend()} devices here"
     )
 
 
+def _initialize(how: str, *settings) -> None:
+    try:
+        jax.distributed.initialize(*settings)
+    except (RuntimeError, ValueError) as error:
+        line = " ".join(str(error).split())
+        raise DistributedError(f"cannot join the other processes ({how}): {line}") from error
+
+
 def _cluster_size() -> int:
     """Processes that the launcher of this one says it started; 1 where none says anything."""
-    for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "JAX_NUM_PROCESSES"):
+    # Of the step, not the allocation: a shell inside salloc is one process.
+    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
         if os.environ.get(name, "").isdigit():
             return int(os.environ[name])
     return max(1, len([h for h in os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",") if h]))

@@ -51,6 +51,7 @@ def init_state(
     Args:
       key: a typed PRNG key.
       init_fn: the model's `init`.
+      tx: the optimizer, whose state is made too.
       image_size: pixels; parameters do not depend on it, but the model checks it.
       ema: whether moving averages are kept.
     """
@@ -96,8 +97,9 @@ def hits(logits: Float[Array, "n classes"], labels: Int[Array, " n"], k: int) ->
     """
     label_logit = jnp.take_along_axis(logits, labels[:, None], axis=-1)
     rivals = (~(logits < label_logit)).sum(axis=-1) - 1
+    known = ~jnp.isnan(label_logit[:, 0])
     # float32, as all sums are: counts in another type would need an all-reduce of their own.
-    return (rivals < k).astype(jnp.float32)
+    return ((rivals < k) & known).astype(jnp.float32)
 
 
 def train_step(
@@ -118,7 +120,10 @@ def train_step(
       state: donated by the caller.
       batch: "image" uint8 (N, H, W, 3) and "label" int32 (N,).
       apply_fn: the model's `apply`.
+      tx: the optimizer.
+      learning_rate: step -> learning rate, for the record; `tx` holds its own.
       mean, std: of the images, see `normalize`.
+      label_smoothing: see `cross_entropy`.
       ema_decay: of the moving averages; ignored where the state has none.
 
     Returns:
@@ -147,7 +152,8 @@ def train_step(
 
     ema = state.ema
     if ema:
-        # The decay warms up, so that the average is not held by the initial weights.
+        # The decay warms up, so that the average is not held by the initial weights: the rule of
+        # TensorFlow's ExponentialMovingAverage with num_updates.
         step = state.step.astype(jnp.float32)
         decay = jnp.minimum(ema_decay, (1.0 + step) / (10.0 + step))
         ema = jax.tree.map(

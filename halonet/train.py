@@ -11,6 +11,7 @@ import time
 from typing import Any
 
 import jax
+import numpy as np
 from clu import parameter_overview
 from etils import epath
 from jax.experimental import multihost_utils
@@ -20,7 +21,14 @@ from halonet import config as config_lib
 from halonet import evaluate as evaluate_lib
 from halonet import metrics as metrics_lib
 from halonet import optim, plots, runtime, sharding, steps
-from halonet.checkpoint import Checkpointer, abstract_on, read_meta, saved_steps, step_folder
+from halonet.checkpoint import (
+    Checkpointer,
+    abstract_on,
+    read_meta,
+    restore_state,
+    saved_steps,
+    step_folder,
+)
 from halonet.data import device, pipeline, transforms
 from halonet.data.errors import DataError
 
@@ -56,15 +64,16 @@ def train_and_evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str,
     train_source = evaluate_lib.open_split(config, config.data.train_split)
     eval_source = evaluate_lib.open_split(config, config.data.eval_split)
     model = config_lib.validate(config, num_classes=len(train_source.classes))
-    mesh = _make_mesh(config)
+    mesh = evaluate_lib.make_mesh(config)
     config_lib.check_workdir(config, workdir)
     total = config_lib.total_steps(config, len(train_source))
     meta = {
         "data": {"train": train_source.fingerprint, "eval": eval_source.fingerprint},
         "classes": list(train_source.classes),
     }
-    start = max(saved_steps(workdir), default=0)
-    if start == total and (workdir / "summary.json").exists():
+    # Process 0 decides for all: a folder seen late by one of them would set them apart.
+    start = _agreed(max(saved_steps(workdir), default=0))
+    if start == total and _agreed((workdir / "summary.json").exists()):
         summary = json.loads((workdir / "summary.json").read_text())
         _say_result(summary, workdir, "has ended already")
         return summary
@@ -97,21 +106,21 @@ def train_and_evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str,
     shardings = sharding.state_shardings(abstract_state, mesh)
 
     # Start, or go on from the newest checkpoint.
+    if start:
+        state = restore_state(workdir, start, abstract_on(abstract_state, shardings))
+    else:
+        state = jax.jit(init, out_shardings=shardings)(key)
     closing = contextlib.ExitStack()
     log = metrics_lib.MetricsLog(workdir, start_step=start, primary=primary)
+    closing.callback(log.close)
     checkpointer = Checkpointer(
         workdir,
         keep_latest=config.checkpoint.keep_latest,
         best_steps=lambda: metrics_lib.best_steps(log.rows(), config.checkpoint.keep_best),
     )
-    closing.callback(log.close)
     closing.callback(checkpointer.close)
-    if start:
-        state = checkpointer.restore(start, abstract_on(abstract_state, shardings))
-    else:
-        state = jax.jit(init, out_shardings=shardings)(key)
 
-    batches = device.prefetch(
+    batches = device.Prefetcher(
         pipeline.train_batches(
             train_source,
             batch_size=config.data.batch_size,
@@ -141,21 +150,24 @@ def train_and_evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str,
         out_shardings=(shardings, sharding.replicated(mesh)),
     )
     eval_step = evaluate_lib.make_eval_step(model, config)
-    profile = _profiler(workdir) if config.log.profile else None
+    profile = _profiler(workdir, start) if config.log.profile else None
     progress = runtime.Progress(
         total=total, start=start, images_per_step=config.data.batch_size, enabled=primary
     )
 
-    def record(step: int, metrics: steps.Metrics) -> None:
-        """Writes the row of one step."""
+    def record(step: int, metrics: steps.Metrics, *, write: bool = True) -> None:
+        """Writes the row of one step, having looked that its numbers are some."""
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         count = values.pop("count")
         values |= {name: values[name] / count for name in ("loss", "top1")}
-        if not math.isfinite(values["loss"]):
-            raise NonFinite(
-                f"the loss of step {step} is {values['loss']}; the checkpoints in {workdir} are "
-                "from before; a smaller optim.learning_rate or optim.clip_norm may help"
-            )
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(values[name]):
+                raise NonFinite(
+                    f"the {name} of step {step} is {values[name]}; the checkpoints in {workdir} "
+                    "are from before; a smaller optim.learning_rate or optim.clip_norm may help"
+                )
+        if not write:
+            return
         row = {f"train/{name}": value for name, value in values.items()}
         row |= progress.rates(step, batches.wait_seconds)
         log.write(step, row)
@@ -182,12 +194,13 @@ def train_and_evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str,
     _introduce(progress, config, workdir, abstract_state.params, mesh, start=start, total=total)
     with closing, runtime.StopSignal(enabled=jax.process_count() == 1) as stop:
         # Compiled once and for all: a batch of another shape would be an error, not a compilation.
+        progress.say("compiling the step (kept for later starts)")
         started = time.perf_counter()
         train_step = train_step.lower(state, _abstract_batch(config, mesh)).compile()
         seconds = time.perf_counter() - started
         progress.say(f"compiled the step in {seconds:.0f} s")
         progress.pause(seconds)
-        if start and eval_due(start) and not _evaluated(log.rows(), start):
+        if start and eval_due(start) and not _agreed(_evaluated(log.rows(), start)):
             evaluate(start)
         in_flight: collections.deque[jax.Array] = collections.deque()
         unrecorded = None
@@ -196,7 +209,7 @@ def train_and_evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str,
             # From here on the devices have work: what earlier steps returned may be read.
             if unrecorded:
                 record(*unrecorded)
-            in_flight.append(metrics["count"])
+            in_flight.append(metrics["loss"])
             if len(in_flight) > STEPS_IN_FLIGHT:
                 in_flight.popleft().block_until_ready()
             checkpointer.check_errors()
@@ -204,11 +217,15 @@ def train_and_evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str,
                 profile(step)
 
             stopping = stop.name
-            save = eval_due(step) or step % config.checkpoint.every_steps == 0 or stopping
-            unrecorded = (step, metrics) if save or step % config.log.every_steps == 0 else None
-            if save:
+            if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+                stopping = "a preemption notice"
+            save = eval_due(step) or step % config.checkpoint.every_steps == 0
+            # Stopping adds no row: the history stays that of an undisturbed run.
+            row_due = save or step % config.log.every_steps == 0
+            unrecorded = (step, metrics) if row_due else None
+            if save or stopping:
                 # A checkpoint never knows more than the record: its row is written first.
-                record(*unrecorded)
+                record(step, metrics, write=row_due)
                 unrecorded = None
                 checkpointer.save(step, state, meta)
             if eval_due(step):
@@ -237,13 +254,6 @@ def train_and_evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str,
     return summary
 
 
-def _make_mesh(config: ConfigDict) -> jax.sharding.Mesh:
-    try:
-        return sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
-    except ValueError as error:
-        raise config_lib.ConfigError(f"config.{error}") from error
-
-
 def _abstract_batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """The shapes of a global training batch, as the pipeline makes it."""
     n, size = config.data.batch_size, config.data.image_size
@@ -261,17 +271,22 @@ def _check_same_data(saved: dict[str, Any], now: dict[str, Any], workdir: epath.
             )
 
 
+def _agreed(value: int) -> int:
+    """What process 0 says."""
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
 def _evaluated(rows: list[metrics_lib.Row], step: int) -> bool:
     return any(row["step"] == step and "eval/top1" in row for row in rows)
 
 
-def _profiler(workdir: epath.Path):
-    """A trace of steps 10 to 14, beside the TensorBoard events."""
+def _profiler(workdir: epath.Path, start: int):
+    """A trace of five steps, from the tenth of this start on, beside the TensorBoard events."""
     from clu import periodic_actions
 
     return periodic_actions.Profile(
         logdir=str(workdir / metrics_lib.EVENTS),
-        first_profile=10,
+        first_profile=start + 10,
         num_profile_steps=5,
         profile_duration_ms=0,
         every_secs=None,
@@ -298,8 +313,8 @@ def _introduce(
         overview = parameter_overview.get_parameter_overview(params, include_stats=False)
         (workdir / "parameters.txt").write_text(overview + "\n")
     progress.say(
-        f"{config.model.name} on {config.data.name}: steps {start} to {total} of "
-        f"{config.data.batch_size} images, on {mesh.size} {jax.default_backend()} device(s), "
+        f"training {config.model.name} on {config.data.name}: steps {start + 1} to {total}, "
+        f"{config.data.batch_size} images each, on {mesh.size} {jax.default_backend()} device(s), "
         f"into {workdir}"
     )
     if start:

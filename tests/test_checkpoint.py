@@ -46,12 +46,9 @@ def on_one_device(tree):
 
 
 def test_round_trip_is_exact(tmp_path):
-    checkpointer = make_checkpointer(tmp_path)
     state = make_state(7)
-    checkpointer.save(7, state, {})
-    checkpointer.wait()
-    restored = checkpointer.restore(7, on_one_device(state))
-    checkpointer.close()
+    save(tmp_path, 7)
+    restored = checkpoint.restore_state(tmp_path, 7, on_one_device(state))
     assert isinstance(restored, State)
     jax.tree.map(np.testing.assert_array_equal, restored, state)
     assert jax.tree.map(lambda x: x.dtype, restored) == jax.tree.map(lambda x: x.dtype, state)
@@ -77,7 +74,6 @@ def test_restores_on_another_mesh(tmp_path, saved_fsdp, restored_fsdp):
 
 def test_keeps_the_latest_and_the_best(tmp_path):
     best = []
-    checkpointer = make_checkpointer(tmp_path, keep_latest=2, best=best)
     checkpointer = checkpoint.Checkpointer(tmp_path, keep_latest=2, best_steps=lambda: best)
     for step in range(1, 7):
         checkpointer.save(step, make_state(step), {})
@@ -85,6 +81,15 @@ def test_keeps_the_latest_and_the_best(tmp_path):
             best.append(2)  # known only after it was saved
     checkpointer.close()
     assert checkpoint.saved_steps(tmp_path) == [2, 5, 6]
+
+
+def test_a_relative_workdir_will_do(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save("run", 4)
+    assert checkpoint.saved_steps("run") == [4]
+    assert checkpoint.read_meta(checkpoint.step_folder("run", 4))["step"] == 4
+    restored = checkpoint.restore_state("run", 4, on_one_device(make_state(4)))
+    jax.tree.map(np.testing.assert_array_equal, restored, make_state(4))
 
 
 def test_the_meta_item(tmp_path):
@@ -146,11 +151,9 @@ def test_an_unfinished_checkpoint_is_not_listed(tmp_path):
 )
 def test_another_model_is_one_line_that_lists_every_array(tmp_path, change, message):
     save(tmp_path, 4)
-    checkpointer = make_checkpointer(tmp_path)
     target = on_one_device(dataclasses.replace(make_state(4), **change))
     with pytest.raises(checkpoint.CheckpointError, match=message) as info:
-        checkpointer.restore(4, target)
-    checkpointer.close()
+        checkpoint.restore_state(tmp_path, 4, target)
     assert "\n" not in str(info.value)
     assert info.value.exit_code == 4
 
@@ -161,10 +164,8 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path, damage):
     state = checkpoint.step_folder(tmp_path, 4) / "state"
     for path in [path for path in state.iterdir() if not path.is_dir()]:
         path.unlink() if damage == "delete" else path.write_bytes(b"")
-    checkpointer = make_checkpointer(tmp_path)
     with pytest.raises(checkpoint.CheckpointError, match="cannot restore .*/4") as info:
-        checkpointer.restore(4, on_one_device(make_state(4)))
-    checkpointer.close()
+        checkpoint.restore_state(tmp_path, 4, on_one_device(make_state(4)))
     assert "\n" not in str(info.value)
 
 

@@ -26,7 +26,7 @@ def batch(number):
 
 
 def test_batches_arrive_whole_in_order_and_laid_out(sharding):
-    batches = device.prefetch((batch(i) for i in range(7)), sharding)
+    batches = device.Prefetcher((batch(i) for i in range(7)), sharding)
     assert iter(batches) is batches
     for number, arrived in enumerate(batches):
         for name, expected in batch(number).items():
@@ -45,7 +45,7 @@ def test_batches_arrive_whole_in_order_and_laid_out(sharding):
 @pytest.mark.parametrize("depth", [1, 2, 5])
 def test_transfers_start_depth_batches_ahead(sharding, depth):
     asked = []
-    batches = device.prefetch((asked.append(i) or batch(i) for i in range(8)), sharding, depth)
+    batches = device.Prefetcher((asked.append(i) or batch(i) for i in range(8)), sharding, depth)
     assert asked == []  # nothing before the first is asked for
     for number in range(8):
         next(batches)
@@ -54,7 +54,7 @@ def test_transfers_start_depth_batches_ahead(sharding, depth):
 
 def test_depth_below_one_is_an_error(sharding):
     with pytest.raises(ValueError, match="depth=0 must be 1 or more"):
-        device.prefetch(iter([]), sharding, 0)
+        device.Prefetcher(iter([]), sharding, 0)
 
 
 def test_waiting_for_the_host_is_counted_and_nothing_else(sharding):
@@ -63,7 +63,7 @@ def test_waiting_for_the_host_is_counted_and_nothing_else(sharding):
             time.sleep(0.05)
             yield batch(i)
 
-    batches = device.prefetch(slow(), sharding)
+    batches = device.Prefetcher(slow(), sharding)
     assert batches.wait_seconds == 0
     next(batches)
     assert 0.1 <= batches.wait_seconds < 1
@@ -81,7 +81,7 @@ def test_a_buffer_that_is_filled_again_is_an_error_not_a_wrong_image(sharding):
             buffer["image"][:] = 7
             yield buffer
 
-    batches = device.prefetch(reusing(), sharding, 1)
+    batches = device.Prefetcher(reusing(), sharding, 1)
     first = next(batches)
     with pytest.raises(ValueError, match="read-only"):
         next(batches)
@@ -93,7 +93,7 @@ def test_an_error_of_the_host_reaches_the_consumer(sharding):
         yield batch(0)
         raise OSError("the disk is gone")
 
-    batches = device.prefetch(failing(), sharding, 1)
+    batches = device.Prefetcher(failing(), sharding, 1)
     next(batches)
     with pytest.raises(OSError, match="the disk is gone"):
         next(batches)
@@ -109,10 +109,10 @@ def test_close_closes_the_host_iterator_and_ends_the_iteration(sharding):
         finally:
             closed.append(True)
 
-    batches = device.prefetch(endless(), sharding)
+    batches = device.Prefetcher(endless(), sharding)
     next(batches)
     batches.close()
     assert closed == [True]
     with pytest.raises(StopIteration):
         next(batches)
-    device.prefetch(iter([batch(0)]), sharding).close()  # a list's iterator has nothing to close
+    device.Prefetcher(iter([batch(0)]), sharding).close()  # a list's iterator has nothing to close

@@ -37,7 +37,7 @@ TABLE = {
     "halonet.runtime": ("", "jax", ""),
     "halonet.plots": ("", "matplotlib numpy", ""),
     "halonet.steps": ("", "jax numpy optax", ""),
-    "halonet.config": ("models optim", "absl jax ml_collections", ""),
+    "halonet.config": ("metrics models optim", "absl jax ml_collections", ""),
     # "best" is read from the run's own record, hence metrics.
     "halonet.run": (
         "models data steps checkpoint sharding plots config metrics",

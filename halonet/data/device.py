@@ -11,6 +11,13 @@ import numpy as np
 class Prefetcher:
     """An iterator of global arrays whose transfers start `depth` batches before they are asked for.
 
+    Args:
+      iterator: batches of this process: its contiguous share of each global batch. Its arrays
+        become read-only, for the transfer goes on reading them.
+      sharding: how the leading axis is laid over the devices of all processes; it must suit arrays
+        of any rank from 1 on, as NamedSharding(mesh, PartitionSpec(axes)) does.
+      depth: how many batches are on the way or on the devices, the one asked for included.
+
     `wait_seconds` is the time spent so far in waiting for the host's batches. Reading it does not
     touch a device. While the devices are busy with earlier batches such a wait costs nothing, so
     its share of the wall clock is an upper bound of what the input costs.
@@ -64,22 +71,3 @@ class Prefetcher:
         # may be this buffer. Whoever fills it again now gets an error instead of wrong images.
         array.flags.writeable = False
         return jax.make_array_from_process_local_data(self._sharding, array)
-
-
-def prefetch(
-    iterator: collections.abc.Iterator[dict[str, np.ndarray]],
-    sharding: jax.sharding.Sharding,
-    depth: int = 2,
-) -> Prefetcher:
-    """Moves batches to the devices ahead of use, in order.
-
-    Args:
-      iterator: batches of this process: its contiguous share of each global batch. Its arrays
-        become read-only, for the transfer goes on reading them.
-      sharding: how the leading axis is laid over the devices of all processes; it must suit arrays
-        of any rank from 1 on, as NamedSharding(mesh, PartitionSpec(axes)) does.
-      depth: how many batches are on the way or on the devices, the one asked for included.
-
-    Returns an iterator of dicts of global arrays, with the attribute `wait_seconds`.
-    """
-    return Prefetcher(iterator, sharding, depth)

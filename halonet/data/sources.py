@@ -7,6 +7,7 @@ nothing imports TensorFlow.
 
 import collections.abc
 import difflib
+import functools
 import hashlib
 import importlib.util
 import os
@@ -128,6 +129,7 @@ class EmbeddedDigits:
         return {"image": self._images[index], "label": self._labels[index]}
 
 
+@functools.cache
 def _read_digits() -> tuple[np.ndarray, np.ndarray]:
     """Pixels, uint8 (5000, 28, 28), and labels, uint8 (5000,), in the order of the file."""
     # Finding the package instead of importing it spares pandas, scipy and scikit-learn.
@@ -194,8 +196,13 @@ class TfdsImages:
         default = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
         # A path of etils, so that a bucket will do too.
         folder = _prepared_folder(tfds.core.Path(data_dir or default).expanduser(), name)
-        builder = tfds.builder_from_directory(folder)
-        info = builder.info
+        try:
+            builder = tfds.builder_from_directory(folder)
+            info = builder.info
+        except (OSError, ValueError, KeyError) as error:
+            raise DataError(
+                f"data set {name!r} in {folder} cannot be opened: {_line(error)}"
+            ) from error
         _check_split(name, split, tuple(info.splits), info.splits)
         missing = [key for key in ("image", "label") if key not in (info.features or {})]
         if missing:
@@ -231,6 +238,10 @@ class TfdsImages:
             )
         self.name = name
         self.split = split
+        if not isinstance(info.features["label"], tfds.features.ClassLabel):
+            raise DataError(
+                f"data set {name!r} is not for classification: its label has no classes"
+            )
         self.classes = tuple(info.features["label"].names)
         self._image_size = image_size
         lengths = [info.splits[key].shard_lengths for key in info.splits]

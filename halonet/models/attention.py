@@ -57,6 +57,10 @@ class HaloAttention(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 f"]:
         value_head_dim = self.value_head_dim or self.head_dim
+        if self.out_features is not None and not self.out_projection:
+            raise ValueError(
+                f"out_features={self.out_features} without a projection; leave one of them out"
+            )
 
         def project(name: str, head_dim: int, stride: int = 1) -> Float[Array, "n h w heads d"]:
             y = Conv1x1(

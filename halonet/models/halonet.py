@@ -48,6 +48,8 @@ class HaloBlock(nn.Module):
         def norm(y: Array, name: str, **kwargs) -> Array:
             return BatchNorm(self.bn_group, name=name, **dtypes, **kwargs)(y, train=train)
 
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} cannot be shared by {self.heads} heads")
         head_dim = self.width // self.heads
         y = Conv1x1(self.width, name="conv1", **dtypes)(x)
         y = nn.relu(norm(y, "bn1"))
@@ -143,6 +145,11 @@ class HaloNet(nn.Module):
         self, images: Float[Array, "n h w c"], *, train: bool
     ) -> Float[Array, "n num_classes"]:
         self.check_image_size(*images.shape[1:3])
+        if not len(self.depths) == len(self.widths) == len(self.heads):
+            raise ValueError(
+                f"depths {self.depths}, widths {self.widths} and heads {self.heads} must have one "
+                "number a stage"
+            )
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         precision = matmul_precision(self.dtype)
 
