@@ -23,8 +23,8 @@ help:
 install: $(VENV)/installed
 
 $(VENV)/installed: requirements.lock
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v >= (3, 11) else \
-	  "error: Python %d.%d is too old, 3.11 or later is needed: make PYTHON=python3.12 ..." % v)'
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else \
+	  "error: Python %d.%d; it must be 3.11, 3.12 or 3.13: make PYTHON=python3.12 ..." % v)'
 	@echo "installing into $(VENV): a minute, once"
 	@$(PYTHON) -m venv $(VENV)
 	@if command -v uv >/dev/null; then \

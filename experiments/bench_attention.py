@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
+from halonet.models import VARIANTS, create_model, list_models
 from halonet.ops import IMPLEMENTATIONS, halo_attention
 
 FLAGS = flags.FLAGS
@@ -33,20 +34,6 @@ flags.DEFINE_integer("batch", 2, "images at a time; the tiny shapes take 64", lo
 flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of all inputs")
 flags.DEFINE_integer("runs", 5, "timed runs of each program", lower_bound=1)
 flags.DEFINE_float("memory", 6.0, "GB that one program may take, by estimate", lower_bound=0.1)
-
-# Vaswani et al. 2021, arXiv 2103.12731, table of H0 to H7: block, halo, r_v, image pixels. H7 is
-# given 640 instead of 600, which its blocks do not divide.
-VARIANTS = {
-    "H0": (8, 3, 1.0, 256),
-    "H1": (8, 3, 1.0, 256),
-    "H2": (8, 3, 1.0, 256),
-    "H3": (10, 3, 1.0, 320),
-    "H4": (12, 2, 1.0, 384),
-    "H5": (14, 2, 2.5, 448),
-    "H6": (8, 4, 3.0, 512),
-    "H7": (10, 3, 4.0, 640),
-}
-WIDTHS, HEADS = (64, 128, 256, 512), (4, 8, 8, 8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,21 +65,17 @@ class Shape:
 
 def layer_shapes():
     """Returns {shape: name}, each shape once, under the names of all the layers that have it."""
-    names = {
-        Shape(16, 4, 2, 2, 16, 16): ["tiny"],
-        Shape(16, 4, 1, 2, 16, 16): ["tiny"],
-        Shape(16, 4, 2, 4, 16, 16, 2): ["tiny"],
-        Shape(8, 4, 2, 4, 16, 16): ["tiny"],
-    }
-    for variant, (block, halo, r_v, pixels) in VARIANTS.items():
-        for stage, (width, heads) in enumerate(zip(WIDTHS, HEADS, strict=True)):
-            side, d_k = pixels // 4 // 2**stage, width // heads
-            rest = (block, halo, heads, d_k, int(d_k * r_v))
+    names = {}
+    for variant in list_models():
+        model = create_model(variant)
+        first_side = VARIANTS[variant].image_size // (4 if model.stem_pool else 2)
+        for stage, (width, heads) in enumerate(zip(model.widths, model.heads, strict=True)):
+            side, d_k = first_side // 2**stage, width // heads
+            rest = (model.block_size, model.halo_size, heads, d_k, round(d_k * model.value_ratio))
+            name = f"{variant.removeprefix('halonet_').upper()} stage {stage + 1}"
             if stage > 0:
-                names.setdefault(Shape(2 * side, *rest, 2), []).append(
-                    f"{variant} stage {stage + 1}"
-                )
-            names.setdefault(Shape(side, *rest), []).append(f"{variant} stage {stage + 1}")
+                names.setdefault(Shape(2 * side, *rest, 2), []).append(name)
+            names.setdefault(Shape(side, *rest), []).append(name)
     return {shape: f"{layers[0]} {shape}" for shape, layers in names.items()}
 
 
@@ -186,10 +169,10 @@ def main(argv):
 
     shapes = {shape: name for shape, name in layer_shapes().items() if FLAGS.match in name}
     if FLAGS.quick:
-        shapes = {s: name for s, name in shapes.items() if name.startswith(("tiny", "H0"))}
+        shapes = {s: name for s, name in shapes.items() if name.startswith(("TINY", "H0"))}
     results = []
     for i, (shape, name) in enumerate(shapes.items()):
-        n = 64 if name.startswith("tiny") else FLAGS.batch
+        n = 64 if name.startswith("TINY") else FLAGS.batch
         needed = shape.gigabytes(n, dtype.itemsize)
         if needed > FLAGS.memory:
             print(f"{name:53s}{n:7d} skipped: needs about {needed:.1f} GB, --memory={FLAGS.memory}")

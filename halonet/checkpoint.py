@@ -160,7 +160,7 @@ def restore_arrays(folder: epath.PathLike, target: dict[str, Any]) -> dict[str, 
     path = _absolute(folder) / "state"
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            stored = _describe(checkpointer.metadata(path).item_metadata.tree)
+            stored = _describe(ocp.PyTreeCheckpointHandler().metadata(path).tree)
             wanted = _describe(target)
             differing = [
                 f"{name}: {stored.get(name, 'nothing')} there, {wanted.get(name, 'nothing')} wanted"

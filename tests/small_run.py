@@ -14,7 +14,7 @@ def small_config(**overrides):
         "eval.batch_size": 200,
         "eval.every_steps": 15,
         "checkpoint.every_steps": 13,
-        "log.every_steps": 1,
+        "log.every_steps": 4,
         **overrides,
     }
     for key, value in settings.items():

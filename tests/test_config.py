@@ -57,7 +57,9 @@ FRACTIONS = (
 BAD = [
     *((key, 0, "must be above 0") for key in POSITIVE),
     *((key, -1, "must be above 0") for key in POSITIVE),
-    *((key, -1, "must not be negative") for key in NOT_NEGATIVE),
+    *((key, -1, "must not be negative") for key in NOT_NEGATIVE if key != "seed"),
+    ("seed", -1, "must be from 0 to 4294967295"),
+    ("seed", 2**32, "must be from 0 to 4294967295"),
     *((key, -0.1, "must be at least 0 and below 1") for key in FRACTIONS),
     *((key, 1.0, "must be at least 0 and below 1") for key in FRACTIONS),
     ("data.mean", (0.5,), "must have three numbers, one a channel"),

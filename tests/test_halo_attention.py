@@ -56,6 +56,8 @@ AXES = {
     "channels": ((4, 6), (8, 3)),
 }
 ALL_CASES = [Case(*values) for values in itertools.product(*AXES.values())]
+# Every block, halo, stride, border and image; of the channels, the last axis, one or the other.
+EVERYWHERE = [ALL_CASES[2 * i + i % 2] for i in range(len(ALL_CASES) // 2)]
 
 
 def pairs(case):
@@ -141,7 +143,7 @@ class Contract:
         self.check(case)
 
     @pytest.mark.long
-    @pytest.mark.parametrize("case", ALL_CASES, ids=name)
+    @pytest.mark.parametrize("case", EVERYWHERE, ids=name)
     def test_values_and_gradients_everywhere(self, case):
         self.check(case)
 

@@ -50,6 +50,18 @@ def line_of(stderr):
     return stderr.removeprefix("error: ").removesuffix("\n")
 
 
+def test_a_mistyped_key_in_a_config_file(refused, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from configs import mnist\n\n\ndef get_config():\n"
+        "    config = mnist.get_config()\n    config.optim.lerning_rate = 1.0\n    return config\n"
+    )
+    code, line = refused(f"--config={path}", f"--workdir={tmp_path / 'run'}")
+    assert code == 2
+    assert line.startswith(f"{path}: ")
+    assert "lerning_rate" in line
+
+
 UNREADABLE = [
     (
         [MNIST, "--workdir=w", "--config.learning_rate=1"],
@@ -65,11 +77,11 @@ UNREADABLE = [
     ),
     (
         [MNIST, "--workdir=w", "--config.data.batch_size=abc"],
-        "config.data.batch_size=abc is not of the key's type, int",
+        "config.data.batch_size=abc is not of the key's type, int: now 64",
     ),
     (
         [MNIST, "--workdir=w", "--config.data.batch_size=1.5"],
-        "config.data.batch_size=1.5 is not of the key's type, int",
+        "config.data.batch_size=1.5 is not of the key's type, int: now 64",
     ),
     ([MNIST, "--workdirr=w"], "Unknown command line flag 'workdirr'. Did you mean: workdir ?"),
 ]

@@ -1,10 +1,14 @@
 """The registered variants: their parameter counts, and what an unknown name gets."""
 
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 from halonet.models import VARIANTS, create_model, list_models
+
+README = pathlib.Path(__file__).parent.parent / "README.md"
 
 # Trainable parameters at 1000 classes. H0 to H7 are the published counts to the paper's digit.
 PARAMETERS = {
@@ -51,6 +55,13 @@ def test_count_is_the_published_one(name):
 def test_total_layers_are_the_published_ones():
     layers = [3 * sum(VARIANTS[name].fields["depths"]) + 2 for name in sorted(PUBLISHED_MILLIONS)]
     assert layers == [50, 59, 62, 65, 65, 98, 101, 107]
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_the_readme_counts_the_same(name):
+    rows = [line for line in README.read_text().splitlines() if line.startswith(f"| `{name}` |")]
+    assert len(rows) == 1
+    assert rows[0].endswith(f"| {VARIANTS[name].params:,} |")
 
 
 def test_unknown_name_suggests_the_nearest():

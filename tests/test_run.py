@@ -23,9 +23,12 @@ CONFIG = small_config(
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """A run whose first evaluation was the best by far, as its record says."""
+    """A run of which step 4 is the best by far, as its record says."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     train_and_evaluate(CONFIG, folder)
+    record = {"step": 6, "perf/started": 1.0}, {"step": 4, "eval/top1": 1.0}
+    lines = "".join(json.dumps(row) + "\n" for row in record)
+    (folder / "metrics" / "001.jsonl").write_text(lines)
     return folder
 
 
@@ -55,9 +58,7 @@ def test_it_opens_inside_a_running_event_loop(workdir):
 
 
 def test_best_latest_and_number(workdir):
-    rows = metrics.read_metrics(workdir)
-    kept = [row for row in rows if row["step"] in checkpoint.saved_steps(workdir)]
-    assert resolve_step(workdir, "best") == metrics.best_steps(kept, 1)[0]
+    assert resolve_step(workdir, "best") == 4
     assert resolve_step(workdir, "latest") == 6
     assert resolve_step(workdir, "4") == resolve_step(workdir, 4) == 4
     assert load_run(workdir / checkpoint.FOLDER / "4").step == 4
@@ -97,7 +98,9 @@ def test_preprocess_takes_arrays_and_pictures_of_any_size(workdir):
 
 def test_evaluation_of_a_checkpoint_equals_that_of_the_run(workdir, tmp_path, capsys):
     result = evaluate.evaluate_checkpoint(CONFIG, workdir, step="latest")
-    row = [row for row in metrics.read_metrics(workdir) if "eval/top1" in row][-1]
+    row = next(
+        row for row in metrics.read_metrics(workdir) if "eval/top5" in row and row["step"] == 6
+    )
     assert result["count"] == 1000
     assert (result["top1"], result["top5"]) == (row["eval/top1"], row["eval/top5"])
     np.testing.assert_allclose(result["loss"], row["eval/loss"], rtol=1e-6)
@@ -138,6 +141,24 @@ def test_other_classes_are_refused(workdir):
     config = small_config(**{"data.name": "fake:64:7", "data.eval_split": "test"})
     with pytest.raises(ConfigError, match="has 10 classes and config.data.name=fake:64:7 has 7"):
         evaluate.evaluate_checkpoint(config, workdir)
+
+
+def test_wrong_settings_are_refused(workdir):
+    for key, value, message in (
+        ("eval.batch_size", 0, "config.eval.batch_size=0 must be above 0"),
+        ("data.image_size", 36, "config.data.image_size=36: image height 36 .* work: 32 and 48"),
+        ("mesh.fsdp", 3, "config.mesh.data=0 x mesh.fsdp=3 does not fit 8 devices"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            evaluate.evaluate_checkpoint(small_config(**{key: value}), workdir)
+    with pytest.raises(ConfigError, match="--evaluate.step='newest' is not 'best'"):
+        evaluate.evaluate_checkpoint(CONFIG, workdir, step="newest")
+
+
+def test_it_is_normalised_as_it_was_trained(workdir):
+    other = small_config(**{"data.mean": (0.9, 0.9, 0.9)})
+    expected = evaluate.evaluate_checkpoint(CONFIG, workdir, step="latest")
+    assert evaluate.evaluate_checkpoint(other, workdir, step="latest") == expected
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 
 from halonet import runtime
 
-LAUNCHERS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "JAX_NUM_PROCESSES", "TPU_WORKER_HOSTNAMES")
+LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES")
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def joined(monkeypatch):
 
 
 def test_alone(no_launcher, joined):
-    line = "process 0 of 1 (alone), 8 of 8 cpu devices here"
+    line = "alone, on 8 cpu device(s)"
     assert runtime.join_processes() == line
     assert joined == []
 
@@ -42,7 +42,7 @@ def test_with_a_coordinator(no_launcher, joined):
 
 
 def test_in_a_cluster(no_launcher, joined, monkeypatch):
-    monkeypatch.setenv("SLURM_NTASKS", "2")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     assert "(detected from the environment)" in runtime.join_processes()
     assert joined == [()]
 
@@ -76,12 +76,11 @@ def test_partial_settings(joined, settings):
     ("environment", "size"),
     [
         ({}, 1),
-        ({"SLURM_NTASKS": "4"}, 4),
-        ({"SLURM_NTASKS": "1"}, 1),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, 4),
+        ({"SLURM_STEP_NUM_TASKS": "1"}, 1),
         ({"OMPI_COMM_WORLD_SIZE": "3"}, 3),
-        ({"JAX_NUM_PROCESSES": "2"}, 2),
-        ({"SLURM_NTASKS": "what"}, 1),
-        ({"SLURM_NTASKS": "what", "OMPI_COMM_WORLD_SIZE": "3"}, 3),
+        ({"SLURM_STEP_NUM_TASKS": "what"}, 1),
+        ({"SLURM_STEP_NUM_TASKS": "what", "OMPI_COMM_WORLD_SIZE": "3"}, 3),
         ({"TPU_WORKER_HOSTNAMES": "localhost"}, 1),
         ({"TPU_WORKER_HOSTNAMES": "t1k-0,t1k-1,t1k-2,t1k-3"}, 4),
     ],

