@@ -17,6 +17,7 @@ WORKDIR = "gs://bucket/runs/one"
 
 
 @pytest.mark.middle
+@pytest.mark.timeout(900)
 def test_train_resume_evaluate_and_load_on_an_object_store(mock_gcs_events, monkeypatch):
     config = small_config(**{"train.steps": 6, "eval.every_steps": 3, "checkpoint.every_steps": 2})
     with monkeypatch.context() as patch:
