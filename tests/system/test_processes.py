@@ -91,7 +91,11 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
     [
         ({"optim.learning_rate": 1e30, "optim.clip_norm": 0.0, "train.steps": 20}, 5, "of step"),
         ({"model.name": "halonet_tinny"}, 2, "did you mean 'halonet_tiny'"),
-        ({"data.name": "imagenet2012", "data.data_dir": "/nowhere"}, 3, "there is no folder /nowhere"),
+        (
+            {"data.name": "imagenet2012", "data.data_dir": "/nowhere"},
+            3,
+            "there is no folder /nowhere",
+        ),
     ],
 )
 def test_what_goes_wrong_is_one_line_and_a_code(tmp_path, settings, code, message):
