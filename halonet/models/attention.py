@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from halonet.models.layers import Conv1x1, matmul_precision
-from halonet.ops import halo_attention
+from halonet.models.layers import Conv1x1, average_pool, matmul_precision
+from halonet.ops import halo_attention, table_size
+
+DOWNSAMPLES = ("queries", "pool")
 
 
 class HaloAttention(nn.Module):
@@ -22,7 +24,8 @@ class HaloAttention(nn.Module):
     columns, shared by the heads.
 
     Attributes:
-      block_size, halo_size: in pixels of the input map; H and W must be multiples of `block_size`.
+      block_size, halo_size: in pixels of the input map; H and W must be multiples of `block_size`,
+        unless `pad_to_blocks`.
       heads: number of attention heads.
       head_dim: width of a head's queries and keys.
       value_head_dim: width of a head's values; None means `head_dim`.
@@ -30,9 +33,11 @@ class HaloAttention(nn.Module):
       out_projection: whether a dense layer maps the heads to `out_features`. Without it the output
         has heads * value_head_dim channels (inside HaloNet the block's last convolution mixes the
         heads).
-      stride: 2 keeps every second query in each direction, HaloNet's downsampling.
-      border: "zeros" or "mask", see `halonet.halo_attention`.
-      implementation: a name, or None to choose by platform and shape.
+      stride: 2 halves the map in each direction (odd sizes are rounded up).
+      downsample: how a stride does so. "queries" keeps every second query, HaloNet's downsampling;
+        "pool" averages 2x2 outputs of all queries, as blocks of odd size need it.
+      border, positions, scale_positions, pad_to_blocks, implementation: see
+        `halonet.halo_attention`.
 
     Source: Vaswani et al. 2021, arXiv 2103.12731.
 
@@ -48,7 +53,11 @@ class HaloAttention(nn.Module):
     out_features: int | None = None
     out_projection: bool = True
     stride: int = 1
+    downsample: str = "queries"
     border: str = "zeros"
+    positions: str = "exact"
+    scale_positions: bool = True
+    pad_to_blocks: bool = False
     implementation: str | None = None
     kernel_init: Callable = nn.initializers.lecun_normal()
     dtype: jax.typing.DTypeLike = jnp.float32
@@ -61,6 +70,13 @@ class HaloAttention(nn.Module):
             raise ValueError(
                 f"out_features={self.out_features} without a projection; leave one of them out"
             )
+
+        if self.downsample not in DOWNSAMPLES:
+            raise ValueError(
+                f"downsample {self.downsample!r} is unknown; there are: {', '.join(DOWNSAMPLES)}"
+            )
+        pool = self.downsample == "pool" and self.stride > 1
+        stride = 1 if pool else self.stride
 
         def project(name: str, head_dim: int, stride: int = 1) -> Float[Array, "n h w heads d"]:
             y = Conv1x1(
@@ -75,22 +91,28 @@ class HaloAttention(nn.Module):
 
         # The standard deviation that the BoTNet authors meant: their code passed it as the mean.
         table_init = nn.initializers.normal(self.head_dim**-0.5)
-        table_shape = (2 * self.block_size + 2 * self.halo_size - 1, self.head_dim)
+        rows = table_size(self.block_size, self.halo_size, self.positions)
+        table_shape = (rows, self.head_dim)
         row_table = self.param("row_table", table_init, table_shape, self.param_dtype)
         col_table = self.param("col_table", table_init, table_shape, self.param_dtype)
         y = halo_attention(
-            project("query", self.head_dim, self.stride),
+            project("query", self.head_dim, stride),
             project("key", self.head_dim),
             project("value", value_head_dim),
             row_table.astype(self.dtype),
             col_table.astype(self.dtype),
             block=self.block_size,
             halo=self.halo_size,
-            stride=self.stride,
+            stride=stride,
             border=self.border,
+            positions=self.positions,
+            scale_positions=self.scale_positions,
+            pad_to_blocks=self.pad_to_blocks,
             implementation=self.implementation,
         )
         y = y.reshape(*y.shape[:3], self.heads * value_head_dim)
+        if pool:
+            y = average_pool(y, self.stride)
         if not self.out_projection:
             return y
         return nn.Dense(

@@ -1,4 +1,4 @@
-"""HaloNet: a ResNet whose 3x3 convolutions are halo attention.
+"""HaloNet: a ResNet whose 3x3 convolutions are halo attention, wholly or in part.
 
 Source: Vaswani et al. 2021, arXiv 2103.12731. No official code exists; where the paper is silent
 the choice made here is named beside the line that makes it.
@@ -6,36 +6,108 @@ the choice made here is named beside the line that makes it.
 
 from __future__ import annotations
 
+import dataclasses
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from halonet.models.attention import HaloAttention
-from halonet.models.layers import BatchNorm, Conv1x1, he_normal, matmul_precision
+from halonet.models.hybrids import (
+    CHANNEL_ATTENTIONS,
+    EfficientChannelAttention,
+    LambdaLayer,
+    SqueezeExcite,
+)
+from halonet.models.layers import BatchNorm, Conv1x1, average_pool, he_normal, matmul_precision
+
+KINDS = {"c": "convolution", "h": "halo attention", "b": "global attention", "l": "lambda layer"}
+ACTIVATIONS = {"relu": nn.relu, "silu": nn.silu}
+STEM_POOLS = ("none", "max", "max_zeros")
+SHORTCUTS = ("project", "matching")
 
 
-class HaloBlock(nn.Module):
-    """A bottleneck block: 1x1 convolution, halo attention, 1x1 convolution, shortcut.
+def stage_plan(plan: str, depths: tuple[int, ...]) -> tuple[str, ...]:
+    """Spells a plan out: one string a stage, one letter a block.
 
-    (N, H, W, C) -> (N, H/stride, W/stride, width * out_ratio). `value_ratio` widens the values
-    only, `out_ratio` the output only; both follow from the published parameter counts.
+    Args:
+      plan: stages separated by "/", each one letter for all of its blocks or a letter a block:
+        "c/c/h/h", "ccc/ccch/chchch/chc". "" is halo attention everywhere.
+      depths: blocks per stage.
+
+    Raises:
+      ValueError: for letters not in `KINDS` and for lengths that do not fit `depths`.
+    """
+    stages = plan.split("/") if plan else ["h"] * len(depths)
+    if len(stages) != len(depths):
+        raise ValueError(
+            f"plan {plan!r} has {len(stages)} stages; depths {depths} have {len(depths)}"
+        )
+    for number, (letters, depth) in enumerate(zip(stages, depths, strict=True), start=1):
+        for letter in letters:
+            if letter not in KINDS:
+                known = ", ".join(f"{key} ({kind})" for key, kind in KINDS.items())
+                raise ValueError(f"plan {plan!r} has a block {letter!r}; there are {known}")
+        if len(letters) not in (1, depth):
+            raise ValueError(
+                f"plan {plan!r} has {len(letters)} blocks in stage {number}; "
+                f"write one letter, or {depth}"
+            )
+    return tuple(
+        letters * depth if len(letters) == 1 else letters
+        for letters, depth in zip(stages, depths, strict=True)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockShape:
+    """One block of a network, in numbers.
 
     Attributes:
-      width: channels of queries and keys, the d of the stage.
-      project_shortcut: whether the shortcut is a strided 1x1 convolution (the first block of each
-        stage; ours, as the counts of the wider models need it) or the identity.
+      kind: a letter of the plan, what stands between the two 1x1 convolutions.
+      in_width, width, out_width: channels that enter the block, inside it, and that leave it.
+      key_width, value_width: channels of queries and of keys, and of values, over all heads; a
+        convolution makes `value_width` channels of `width`.
+      heads: of attention.
+      stride: of the block.
+      shortcut: "project" (a strided 1x1 convolution), "identity" or "none".
     """
 
+    kind: str
+    in_width: int
     width: int
+    out_width: int
+    key_width: int
+    value_width: int
+    heads: int
+    stride: int
+    shortcut: str
+
+
+class BottleneckBlock(nn.Module):
+    """1x1 convolution, convolution or attention, 1x1 convolution, and a shortcut around them.
+
+    (N, H, W, in_width) -> (N, ceil(H/stride), ceil(W/stride), out_width). The attributes are those
+    of `HaloNet`.
+    """
+
+    shape: BlockShape
     block_size: int
     halo_size: int
-    heads: int
-    value_ratio: float
-    out_ratio: float
-    stride: int
-    project_shortcut: bool
+    group_width: int
+    channel_attention: str
+    channel_attention_in: str
+    squeeze_ratio: float
+    activation: str
+    activate_sum: bool
+    downsample: str
     border: str
+    positions: str
+    scale_positions: bool
+    pad_to_blocks: bool
+    global_size: int
     implementation: str | None
     bn_group: int
     dtype: jax.typing.DTypeLike
@@ -43,39 +115,74 @@ class HaloBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"], *, train: bool) -> Float[Array, "n h2 w2 f"]:
+        shape, act = self.shape, ACTIVATIONS[self.activation]
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
         def norm(y: Array, name: str, **kwargs) -> Array:
             return BatchNorm(self.bn_group, name=name, **dtypes, **kwargs)(y, train=train)
 
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} cannot be shared by {self.heads} heads")
-        head_dim = self.width // self.heads
-        y = Conv1x1(self.width, name="conv1", **dtypes)(x)
-        y = nn.relu(norm(y, "bn1"))
-        y = HaloAttention(
-            block_size=self.block_size,
-            halo_size=self.halo_size,
-            heads=self.heads,
-            head_dim=head_dim,
-            value_head_dim=round(head_dim * self.value_ratio),
+        y = Conv1x1(shape.width, name="conv1", **dtypes)(x)
+        y = act(norm(y, "bn1"))
+        y = self._mix(y, train=train)
+        y = act(norm(y, "bn2"))
+        if shape.kind in self.channel_attention_in:
+            if self.channel_attention == "se":
+                y = SqueezeExcite(self.squeeze_ratio, name="channel_attention", **dtypes)(y)
+            elif self.channel_attention == "eca":
+                y = EfficientChannelAttention(name="channel_attention", **dtypes)(y)
+        y = Conv1x1(shape.out_width, name="conv3", **dtypes)(y)
+        # Zero: each residual branch starts switched off, and the network as its shortcuts.
+        alone = shape.shortcut == "none"
+        y = norm(y, "bn3", scale_init=nn.initializers.ones if alone else nn.initializers.zeros)
+        if shape.shortcut == "project":
+            x = Conv1x1(shape.out_width, shape.stride, name="shortcut_conv", **dtypes)(x)
+            x = norm(x, "shortcut_bn")
+        y = y if alone else x + y
+        return act(y) if self.activate_sum else y
+
+    def _mix(self, x: Float[Array, "n h w c"], *, train: bool) -> Float[Array, "n h2 w2 v"]:
+        """The layer between the 1x1 convolutions: where pixels meet."""
+        shape = self.shape
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        if shape.kind == "c":
+            return nn.Conv(
+                shape.value_width,
+                (3, 3),
+                strides=shape.stride,
+                padding=1,
+                feature_group_count=shape.width // self.group_width if self.group_width else 1,
+                use_bias=False,
+                kernel_init=he_normal,
+                precision=matmul_precision(self.dtype),
+                name="conv2",
+                **dtypes,
+            )(x)
+        if shape.kind == "l":
+            options = {"bn_group": self.bn_group, **dtypes}
+            y = LambdaLayer(shape.heads, shape.value_width, name="lambda", **options)(
+                x, train=train
+            )
+            return average_pool(y, shape.stride) if shape.stride > 1 else y
+        everywhere = shape.kind == "b"
+        return HaloAttention(
+            block_size=self.global_size if everywhere else self.block_size,
+            halo_size=0 if everywhere else self.halo_size,
+            heads=shape.heads,
+            head_dim=shape.key_width // shape.heads,
+            value_head_dim=shape.value_width // shape.heads,
             out_projection=False,
-            stride=self.stride,
+            stride=shape.stride,
+            downsample="pool" if everywhere else self.downsample,
             border=self.border,
+            positions=self.positions,
+            scale_positions=self.scale_positions,
+            pad_to_blocks=self.pad_to_blocks,
             implementation=self.implementation,
             # As the BoTNet authors initialise theirs; the norm that follows sets the scale.
             kernel_init=nn.initializers.normal(0.01),
             name="attention",
             **dtypes,
-        )(y)
-        y = nn.relu(norm(y, "bn2"))
-        y = Conv1x1(round(self.width * self.out_ratio), name="conv3", **dtypes)(y)
-        # Zero: each residual branch starts switched off, and the network as its shortcuts.
-        y = norm(y, "bn3", scale_init=nn.initializers.zeros)
-        if self.project_shortcut:
-            x = Conv1x1(y.shape[-1], self.stride, name="shortcut_conv", **dtypes)(x)
-            x = norm(x, "shortcut_bn")
-        return nn.relu(x + y)
+        )(x)
 
 
 class HaloNet(nn.Module):
@@ -87,112 +194,223 @@ class HaloNet(nn.Module):
     Attributes:
       num_classes: width of the logits.
       block_size, halo_size: b and h of the paper, in pixels of each stage's map.
-      value_ratio, out_ratio: r_v and r_b of the paper.
-      depths: blocks per stage; the first block of every stage but the first halves the map inside
-        its attention.
-      widths: d per stage, the channels of queries and keys.
+      depths: blocks per stage; the first block of every stage but the first halves the map.
+      plan: what each stage or block is made of, see `stage_plan`.
+      widths: d per stage, the channels inside a block.
       heads: attention heads per stage.
+      value_ratio: r_v of the paper; values, or what a 3x3 convolution makes, have d * r_v channels.
+      key_ratio: queries and keys have d * key_ratio channels; one number, or one a stage.
+      out_ratio: r_b of the paper; a block makes d * r_b channels; one number, or one a stage.
+      expand_ratio: 0, or RegNetZ's blocks: inside them this times the channels that enter, no
+        shortcut where shapes differ and no activation after the sum; they make `widths` channels.
       final_width: d_f, channels of the 1x1 convolution before pooling; 0 leaves it out.
-      stem_width, stem_kernel: the stem's strided convolution.
-      stem_pool: whether a 3x3 max-pool halves the map again after it.
+      stem_widths, stem_kernel: channels of the stem's convolutions, and their size in pixels. The
+        first one has stride 2; the last of several too, where no pooling follows.
+      stem_pool: "max", a 3x3 max-pool of stride 2; "max_zeros", where the zeros around the map take
+        part; or "none".
+      first_stride: of the first stage.
+      group_width: channels per group of the 3x3 convolutions; 0 is one group.
+      channel_attention: "none", "se" (squeeze-and-excitation) or "eca".
+      channel_attention_in: letters of the plan, the kinds of block that have it.
+      squeeze_ratio: width of squeeze-and-excitation's inner layer.
+      activation: "relu" or "silu".
+      shortcut: where a 1x1 convolution leads around a block: "project", around the first block of
+        each stage (ours, as the counts of the wider models need it), or "matching", only where the
+        shapes differ.
+      downsample, border, positions, scale_positions: conventions of the attention, see
+        `HaloAttention`.
+      global_size: side in pixels of the map that a "b" block attends to as a whole.
+      pad_to_blocks: takes images of any size: the input of an attention layer is padded to whole
+        blocks, and its output cropped.
+      features_only: returns the tuple of the stages' maps (N, H/stride, W/stride, channels)
+        instead of logits, for detectors; see `features`.
+      implementation: see `halonet.halo_attention`.
       bn_group: examples per group of batch-norm statistics, see `BatchNorm`.
-      border, implementation: see `halonet.halo_attention`.
       dtype, param_dtype: of the computation and of the parameters.
 
     Raises:
-      ValueError: for image sizes that the blocks do not divide, naming the nearest that work.
+      ValueError: for image sizes that the blocks do not divide, naming the nearest that work, and
+        for attributes that do not fit together.
     """
 
     num_classes: int
-    block_size: int
-    halo_size: int
-    value_ratio: float
-    out_ratio: float
-    depths: tuple[int, ...]
-    final_width: int = 0
+    block_size: int = 8
+    halo_size: int = 3
+    depths: tuple[int, ...] = (3, 3, 7, 3)
+    plan: str = ""
     widths: tuple[int, ...] = (64, 128, 256, 512)
     heads: tuple[int, ...] = (4, 8, 8, 8)
-    stem_width: int = 64
+    value_ratio: float = 1.0
+    key_ratio: float | tuple[float, ...] = 1.0
+    out_ratio: float | tuple[float, ...] = 1.0
+    expand_ratio: float = 0.0
+    final_width: int = 0
+    stem_widths: tuple[int, ...] = (64,)
     stem_kernel: int = 7
-    stem_pool: bool = True
-    bn_group: int = 0
+    stem_pool: str = "max"
+    first_stride: int = 1
+    group_width: int = 0
+    channel_attention: str = "none"
+    channel_attention_in: str = "ch"
+    squeeze_ratio: float = 1 / 16
+    activation: str = "relu"
+    shortcut: str = "project"
+    downsample: str = "queries"
     border: str = "zeros"
+    positions: str = "exact"
+    scale_positions: bool = True
+    global_size: int = 0
+    pad_to_blocks: bool = False
+    features_only: bool = False
     implementation: str | None = None
+    bn_group: int = 0
     dtype: jax.typing.DTypeLike = jnp.float32
     param_dtype: jax.typing.DTypeLike = jnp.float32
+
+    def stages(self) -> tuple[tuple[BlockShape, ...], ...]:
+        """The blocks of each stage, in numbers."""
+        if not len(self.depths) == len(self.widths) == len(self.heads):
+            raise ValueError(
+                f"depths {self.depths}, widths {self.widths} and heads {self.heads} must have one "
+                "number a stage"
+            )
+        stages, in_width = [], self.stem_widths[-1]
+        for stage, letters in enumerate(stage_plan(self.plan, self.depths)):
+            blocks = []
+            for block, kind in enumerate(letters):
+                blocks.append(self._block(stage, block, kind, in_width))
+                in_width = blocks[-1].out_width
+            stages.append(tuple(blocks))
+        return tuple(stages)
+
+    def _block(self, stage: int, block: int, kind: str, in_width: int) -> BlockShape:
+        def of_stage(ratio: float | tuple[float, ...]) -> float:
+            return ratio[stage] if isinstance(ratio, tuple) else ratio
+
+        def over_heads(ratio: float) -> int:
+            return round(width * ratio) if kind == "c" else heads * round(width / heads * ratio)
+
+        first, heads = block == 0, self.heads[stage]
+        stride = 1 if not first else self.first_stride if stage == 0 else 2
+        out_width = round(self.widths[stage] * of_stage(self.out_ratio))
+        width = round(self.expand_ratio * in_width) or self.widths[stage]
+        if kind != "c" and width % heads:
+            raise ValueError(f"width {width} cannot be shared by {heads} heads")
+        differs = in_width != out_width or stride > 1
+        shortcut = "identity"
+        if differs or (first and self.shortcut == "project"):
+            shortcut = "none" if self.expand_ratio else "project"
+        return BlockShape(
+            kind=kind,
+            in_width=in_width,
+            width=width,
+            out_width=out_width,
+            key_width=over_heads(of_stage(self.key_ratio)),
+            value_width=over_heads(self.value_ratio),
+            heads=heads,
+            stride=stride,
+            shortcut=shortcut,
+        )
+
+    @property
+    def stem_stride(self) -> int:
+        """Pixels of the image per pixel of the map that enters the first stage."""
+        return 4 if self.stem_pool != "none" or len(self.stem_widths) > 1 else 2
+
+    @property
+    def features(self) -> tuple[tuple[int, int], ...]:
+        """(stride, channels) of each stage's map, as `features_only` returns them."""
+        stride, found = self.stem_stride, []
+        for blocks in self.stages():
+            stride *= math.prod(block.stride for block in blocks)
+            found.append((stride, blocks[-1].out_width))
+        return tuple(found)
 
     @property
     def size_unit(self) -> int:
         """Image heights and widths must be multiples of this many pixels."""
-        stem_stride = 4 if self.stem_pool else 2
-        return stem_stride * 2 ** (len(self.depths) - 1) * self.block_size
+        stride, unit = self.stem_stride, 1
+        for block in (block for blocks in self.stages() for block in blocks):
+            if block.kind == "h" and not self.pad_to_blocks:
+                unit = math.lcm(unit, stride * self.block_size)
+            stride *= block.stride
+        return unit
 
     def check_image_size(self, height: int, width: int) -> None:
-        """Raises ValueError unless every stage's map can be cut into whole blocks."""
-        unit = self.size_unit
+        """Raises ValueError unless every attention layer can take its map."""
+        unit, stride = self.size_unit, self.stem_stride
         for what, size in (("height", height), ("width", width)):
             if size % unit or size <= 0:
                 below, above = size // unit * unit, (size // unit + 1) * unit
                 nearest = f"{below} and {above}" if below > 0 else f"{above}"
                 raise ValueError(
                     f"image {what} {size} cannot be cut into blocks of {self.block_size} in every "
-                    f"stage (the last has stride {unit // self.block_size}); "
-                    f"the nearest that work: {nearest}"
+                    f"stage (the last has stride {unit // self.block_size}); the nearest that "
+                    f"work: {nearest}; with pad_to_blocks any size does"
                 )
+        for block in (block for blocks in self.stages() for block in blocks):
+            size = self.global_size * stride
+            if block.kind == "b" and (height, width) != (size, size):
+                raise ValueError(
+                    f"image size {height}x{width} does not fit the tables of global attention, "
+                    f"{self.global_size}x{self.global_size} at stride {stride}; {size}x{size} does"
+                )
+            stride *= block.stride
+
+    def _check_choices(self) -> None:
+        choices = {
+            "stem_pool": STEM_POOLS,
+            "channel_attention": CHANNEL_ATTENTIONS,
+            "activation": tuple(ACTIVATIONS),
+            "shortcut": SHORTCUTS,
+        }
+        for name, known in choices.items():
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(f"{name} {value!r} is unknown; there are: {', '.join(known)}")
 
     @nn.compact
     def __call__(
         self, images: Float[Array, "n h w c"], *, train: bool
-    ) -> Float[Array, "n num_classes"]:
+    ) -> Float[Array, "n num_classes"] | tuple[Float[Array, "n _ _ _"], ...]:
+        self._check_choices()
         self.check_image_size(*images.shape[1:3])
-        if not len(self.depths) == len(self.widths) == len(self.heads):
-            raise ValueError(
-                f"depths {self.depths}, widths {self.widths} and heads {self.heads} must have one "
-                "number a stage"
-            )
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        precision = matmul_precision(self.dtype)
+        act = ACTIVATIONS[self.activation]
 
-        pad = self.stem_kernel // 2
-        x = nn.Conv(
-            self.stem_width,
-            (self.stem_kernel, self.stem_kernel),
-            strides=2,
-            padding=pad,
-            use_bias=False,
-            kernel_init=he_normal,
-            precision=precision,
-            name="stem_conv",
-            **dtypes,
-        )(images)
-        x = nn.relu(BatchNorm(self.bn_group, name="stem_bn", **dtypes)(x, train=train))
-        if self.stem_pool:
-            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
-
-        for stage, (depth, width, heads) in enumerate(
-            zip(self.depths, self.widths, self.heads, strict=True), start=1
-        ):
-            for block in range(1, depth + 1):
-                x = HaloBlock(
-                    width=width,
+        x = self._stem(images, train=train)
+        maps = []
+        for stage, blocks in enumerate(self.stages(), start=1):
+            for number, shape in enumerate(blocks, start=1):
+                x = BottleneckBlock(
+                    shape=shape,
                     block_size=self.block_size,
                     halo_size=self.halo_size,
-                    heads=heads,
-                    value_ratio=self.value_ratio,
-                    out_ratio=self.out_ratio,
-                    stride=2 if block == 1 and stage > 1 else 1,
-                    project_shortcut=block == 1,
+                    group_width=self.group_width,
+                    channel_attention=self.channel_attention,
+                    channel_attention_in=self.channel_attention_in,
+                    squeeze_ratio=self.squeeze_ratio,
+                    activation=self.activation,
+                    activate_sum=not self.expand_ratio,
+                    downsample=self.downsample,
                     border=self.border,
+                    positions=self.positions,
+                    scale_positions=self.scale_positions,
+                    pad_to_blocks=self.pad_to_blocks,
+                    global_size=self.global_size,
                     implementation=self.implementation,
                     bn_group=self.bn_group,
-                    name=f"stage{stage}_block{block}",
+                    name=f"stage{stage}_block{number}",
                     **dtypes,
                 )(x, train=train)
+            maps.append(x)
+        if self.features_only:
+            return tuple(maps)
 
         if self.final_width:
             x = Conv1x1(self.final_width, name="final_conv", **dtypes)(x)
             # Norm and activation here are ours, as timm and keras_cv_attention_models have them.
-            x = nn.relu(BatchNorm(self.bn_group, name="final_bn", **dtypes)(x, train=train))
+            x = act(BatchNorm(self.bn_group, name="final_bn", **dtypes)(x, train=train))
         x = x.mean(axis=(1, 2), dtype=jnp.promote_types(jnp.float32, x.dtype))
         # The classifier is float32 under bfloat16: it costs nothing and the loss needs it.
         return nn.Dense(
@@ -203,3 +421,28 @@ class HaloNet(nn.Module):
             precision=jax.lax.Precision.HIGHEST,
             name="head",
         )(x)
+
+    def _stem(self, x: Float[Array, "n h w c"], *, train: bool) -> Float[Array, "n h2 w2 c2"]:
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        last = len(self.stem_widths)
+        for number, width in enumerate(self.stem_widths, start=1):
+            halves = number == 1 or (number == last and self.stem_pool == "none")
+            x = nn.Conv(
+                width,
+                (self.stem_kernel, self.stem_kernel),
+                strides=2 if halves else 1,
+                padding=self.stem_kernel // 2,
+                use_bias=False,
+                kernel_init=he_normal,
+                precision=matmul_precision(self.dtype),
+                name=f"stem_conv{number}",
+                **dtypes,
+            )(x)
+            x = BatchNorm(self.bn_group, name=f"stem_bn{number}", **dtypes)(x, train=train)
+            x = ACTIVATIONS[self.activation](x)
+        if self.stem_pool == "none":
+            return x
+        around = ((1, 1), (1, 1))
+        if self.stem_pool == "max_zeros":
+            x, around = jnp.pad(x, ((0, 0), *around, (0, 0))), "VALID"
+        return nn.max_pool(x, (3, 3), strides=(2, 2), padding=around)

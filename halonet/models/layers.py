@@ -24,10 +24,18 @@ def matmul_precision(dtype: jax.typing.DTypeLike) -> jax.lax.Precision:
     return jax.lax.Precision.HIGHEST if wide else jax.lax.Precision.DEFAULT
 
 
+def average_pool(x: Float[Array, "n h w c"], size: int) -> Float[Array, "n h2 w2 c"]:
+    """Averages squares of `size` pixels; at the end of an odd map, what there is of one."""
+    ends = [(0, -length % size) for length in x.shape[1:3]]
+    window = (size, size)
+    return nn.avg_pool(x, window, strides=window, padding=ends, count_include_pad=False)
+
+
 class Conv1x1(nn.Module):
     """A 1x1 convolution without bias: (N, H, W, C) -> (N, H/stride, W/stride, features).
 
-    Written as a matrix product over the kept pixels, which every backend runs at full speed.
+    Odd sizes are rounded up. Written as a matrix product over the kept pixels, which every backend
+    runs at full speed.
     """
 
     features: int
