@@ -1,4 +1,4 @@
-"""The public op: checks its arguments and picks the implementation."""
+"""The public op: checks its arguments, pads to whole blocks and picks the implementation."""
 
 from typing import no_type_check
 
@@ -8,12 +8,13 @@ from jaxtyping import Array, Float
 
 from halonet.ops import geometry, reference, xla
 
+# Each takes (q, k, v, row_table, col_table, spec). The images are padded to whole blocks; `spec`
+# has their true size.
 IMPLEMENTATIONS = {
     "reference": reference.halo_attention_reference,
     "xla_shift": xla.halo_attention_shift,
     "xla_rows": xla.halo_attention_rows,
 }
-BORDERS = ("zeros", "mask")
 
 
 @no_type_check  # The checks below name the argument, its value and what would do.
@@ -21,13 +22,16 @@ def halo_attention(
     q: Float[Array, "n h_q w_q heads d_k"],
     k: Float[Array, "n h w heads d_k"],
     v: Float[Array, "n h w heads d_v"],
-    row_table: Float[Array, "2*block+2*halo-1 d_k"],
-    col_table: Float[Array, "2*block+2*halo-1 d_k"],
+    row_table: Float[Array, "rows d_k"],
+    col_table: Float[Array, "rows d_k"],
     *,
     block: int,
     halo: int,
     stride: int = 1,
     border: str = "zeros",
+    positions: str = "exact",
+    scale_positions: bool = True,
+    pad_to_blocks: bool = False,
     implementation: str | None = None,
 ) -> Float[Array, "n h_q w_q heads d_v"]:
     """Blocked local self-attention with halos and relative positions, of HaloNet.
@@ -41,18 +45,25 @@ def halo_attention(
     taken in float32, or in float64 where that is the dtype.
 
     Args:
-      q: queries, already projected; h_q = h / stride and w_q = w / stride. Query (y, x) sits at
-        pixel (stride * y, stride * x) of the keys.
-      k: keys. h and w must be multiples of `block`.
+      q: queries, already projected; h_q = h / stride and w_q = w / stride, rounded up. Query (y, x)
+        sits at pixel (stride * y, stride * x) of the keys.
+      k: keys. h and w must be multiples of `block`, or else `pad_to_blocks` be True.
       v: values.
-      row_table: learned vectors of the vertical offset, shared over heads: row r holds the offset
-        r - (block + halo - 1).
+      row_table: learned vectors of the vertical offset, shared over heads: 2 * block + 2 * halo - 1
+        rows, of which row r holds the offset r - (block + halo - 1); see also `positions`.
       col_table: the same for the horizontal offset.
       block: side of a block, in input pixels.
       halo: pixels that the window adds on each side; 0 is plain blocked attention.
       stride: 1, or the step at which queries were taken from the image; it must divide `block`.
       border: what lies outside the image. "zeros": keys and values of zero that take part in the
         softmax with their position logits, as in the paper; "mask": nothing, no weight.
+      positions: "exact", as above; or "contiguous", as timm and MindCV count: the i-th query of a
+        block and the j-th key of its window have row j - i + block + 2 * halo - 1 of tables of
+        2 * (block + 2 * halo) - 1 rows, as though queries `stride` pixels apart were neighbours.
+      scale_positions: whether d_k**-0.5 multiplies the position logits too. If False (timm and
+        MindCV) it multiplies q . k only.
+      pad_to_blocks: takes images of any size: they are padded at the bottom and on the right with
+        zeros up to whole blocks, and the output is cropped. `border` governs the padding as well.
       implementation: a name in `IMPLEMENTATIONS`, or None to choose by platform and shape. A name
         never falls back to another.
 
@@ -67,7 +78,23 @@ def halo_attention(
     Source: Vaswani et al., Scaling Local Self-Attention for Parameter Efficient Visual Backbones,
     2021, arXiv 2103.12731.
     """
-    _check(q, k, v, row_table, col_table, block, halo, stride, border)
+    arrays = {"q": q, "k": k, "v": v, "row_table": row_table, "col_table": col_table}
+    _check_arrays(arrays)
+    height, width = k.shape[1:3]
+    spec = geometry.Spec(
+        block=block,
+        halo=halo,
+        stride=stride,
+        border=border,
+        positions=positions,
+        scale_positions=scale_positions,
+        height=height,
+        width=width,
+    )
+    for size, what in ((height, "height"), (width, "width")):
+        if size == 0 or not pad_to_blocks:
+            geometry.check_blocks(size, block, what)
+    _check_shapes(arrays, spec)
     if implementation is None:
         implementation = default_implementation(jax.default_backend(), jax.device_count())
     elif implementation not in IMPLEMENTATIONS:
@@ -76,7 +103,11 @@ def halo_attention(
             f"implementation {implementation!r} is unknown; the known ones are {known}"
         )
     run = IMPLEMENTATIONS[implementation]
-    return run(q, k, v, row_table, col_table, block=block, halo=halo, stride=stride, border=border)
+    if not pad_to_blocks:
+        return run(q, k, v, row_table, col_table, spec)
+    k, v = _pad(k, spec, spec.block), _pad(v, spec, spec.block)
+    out = run(_pad(q, spec, spec.side), k, v, row_table, col_table, spec)
+    return out[:, : q.shape[1], : q.shape[2]]
 
 
 def default_implementation(platform: str, devices: int) -> str:
@@ -94,44 +125,46 @@ def default_implementation(platform: str, devices: int) -> str:
     return "xla_rows" if platform == "cpu" and devices == 1 else "xla_shift"
 
 
-@no_type_check
-def _check(q, k, v, row_table, col_table, block, halo, stride, border) -> None:
-    """Raises the ValueError that names the first argument that does not fit."""
-    if block < 1:
-        raise ValueError(f"block {block} is not positive; HaloNet uses 8 to 14")
-    if halo < 0:
-        raise ValueError(f"halo {halo} is negative; 0 means no halo")
-    if stride < 1 or block % stride:
-        good = ", ".join(str(s) for s in range(1, block + 1) if block % s == 0)
-        raise ValueError(f"stride {stride} does not divide block {block}; these do: {good}")
-    if border not in BORDERS:
-        raise ValueError(f"border {border!r} is unknown; the known ones are {', '.join(BORDERS)}")
+def _pad(
+    x: Float[Array, "n h w heads d"], spec: geometry.Spec, side: int
+) -> Float[Array, "n h2 w2 heads d"]:
+    """Appends zeros at the bottom and on the right, up to whole blocks of `side` elements."""
+    rows, cols = (blocks * side for blocks in spec.blocks)
+    return jnp.pad(x, ((0, 0), (0, rows - x.shape[1]), (0, cols - x.shape[2]), (0, 0), (0, 0)))
 
-    arrays = {"q": q, "k": k, "v": v, "row_table": row_table, "col_table": col_table}
+
+@no_type_check
+def _check_arrays(arrays) -> None:
+    """Raises the ValueError that names the first array of other dimensions or another dtype."""
+    dtype = arrays["q"].dtype
     for name, array in arrays.items():
         dims = "(rows, d_k)" if "table" in name else "(n, height, width, heads, channels)"
         if array.ndim != dims.count(",") + 1:
             raise ValueError(f"{name} has shape {array.shape}; it needs dimensions {dims}")
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise ValueError(f"{name} has dtype {array.dtype}; it needs a floating one")
-        if array.dtype != q.dtype:
+        if array.dtype != dtype:
             raise ValueError(
-                f"{name} has dtype {array.dtype} but q has {q.dtype}; cast one with .astype"
+                f"{name} has dtype {array.dtype} but q has {dtype}; cast one with .astype"
             )
 
-    n, height, width, heads, d_k = k.shape
-    geometry.check_blocks(height, block, "height")
-    geometry.check_blocks(width, block, "width")
-    rows = geometry.table_size(block, halo)
+
+@no_type_check
+def _check_shapes(arrays, spec) -> None:
+    """Raises the ValueError that names the first array whose shape does not fit that of k."""
+    n, height, width, heads, d_k = arrays["k"].shape
+    table = (geometry.table_size(spec.block, spec.halo, spec.positions), d_k)
     needed = {
-        "q": (n, height // stride, width // stride, heads, d_k),
-        "v": (n, height, width, heads, v.shape[-1]),
-        "row_table": (rows, d_k),
-        "col_table": (rows, d_k),
+        "q": (n, -(-height // spec.stride), -(-width // spec.stride), heads, d_k),
+        "v": (n, height, width, heads, arrays["v"].shape[-1]),
+        "row_table": table,
+        "col_table": table,
     }
     for name, shape in needed.items():
         if arrays[name].shape != shape:
+            kind = "" if spec.positions == "exact" else f" for {spec.positions} positions"
             raise ValueError(
-                f"{name} has shape {arrays[name].shape}; with k of shape {k.shape}, block {block}, "
-                f"halo {halo} and stride {stride} it needs {shape}"
+                f"{name} has shape {arrays[name].shape}; with k of shape {arrays['k'].shape}, "
+                f"block {spec.block}, halo {spec.halo} and stride {spec.stride} it needs {shape}"
+                f"{kind if 'table' in name else ''}"
             )

@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from halonet.ops import geometry
+from halonet.ops.geometry import Spec
 
 # Logits, keys and values that `halo_attention_rows` holds at a time, in elements. In float32 these
 # are 2.5 MiB, about the second-level caches of two CPU cores; times change by a tenth between half
@@ -30,18 +30,13 @@ def halo_attention_shift(
     v: Float[Array, "n h w heads d_v"],
     row_table: Float[Array, "offsets d_k"],
     col_table: Float[Array, "offsets d_k"],
-    *,
-    block: int,
-    halo: int,
-    stride: int,
-    border: str,
+    spec: Spec,
 ) -> Float[Array, "n h_q w_q heads d_v"]:
     """Computes all images and rows of blocks at once; see `halo_attention` for the arguments."""
-    options = {"block": block, "halo": halo, "stride": stride, "border": border}
-    attend = partial(_attend_strip, row_table=row_table, col_table=col_table, **options)
+    attend = partial(_attend_strip, row_table=row_table, col_table=col_table, spec=spec)
     # Images and rows stay axes of their own: merged, XLA would gather them to partition them.
     attend = jax.vmap(jax.vmap(attend), in_axes=(0, 0, None))
-    return attend(*_strips(q, k, v, block, halo, stride)).reshape(*q.shape[:-1], v.shape[-1])
+    return attend(*_strips(q, k, v, spec)).reshape(*q.shape[:-1], v.shape[-1])
 
 
 def halo_attention_rows(
@@ -50,30 +45,25 @@ def halo_attention_rows(
     v: Float[Array, "n h w heads d_v"],
     row_table: Float[Array, "offsets d_k"],
     col_table: Float[Array, "offsets d_k"],
-    *,
-    block: int,
-    halo: int,
-    stride: int,
-    border: str,
+    spec: Spec,
 ) -> Float[Array, "n h_q w_q heads d_v"]:
     """Computes a few images, or a few rows of blocks, at a time; see `halo_attention`.
 
     The loop runs over the batch: on several devices that share the batch, it would gather it.
     """
-    options = {"block": block, "halo": halo, "stride": stride, "border": border}
     n, height, width, heads, d_k = k.shape
-    d_v, rows, queries = v.shape[-1], height // block, (block // stride) ** 2
-    keys = (width // block) * heads * geometry.window_size(block, halo) ** 2  # of a row of blocks
+    d_v, rows, queries = v.shape[-1], height // spec.block, spec.side**2
+    keys = (width // spec.block) * heads * spec.window**2  # of a row of blocks
     fitting = ELEMENTS_PER_STEP // (keys * (queries + d_k + d_v))  # rows of blocks
     if n * rows <= STEPS_AT_ONCE * fitting:
-        return halo_attention_shift(q, k, v, row_table, col_table, **options)
+        return halo_attention_shift(q, k, v, row_table, col_table, spec)
 
     def few_images(q, k, v):
-        return halo_attention_shift(q, k, v, row_table, col_table, **options)
+        return halo_attention_shift(q, k, v, row_table, col_table, spec)
 
     def few_rows(q, k, v):
-        attend = partial(_attend_strip, row_table=row_table, col_table=col_table, **options)
-        queries, keys_values, inside = _strips(q, k, v, block, halo, stride)
+        attend = partial(_attend_strip, row_table=row_table, col_table=col_table, spec=spec)
+        queries, keys_values, inside = _strips(q, k, v, spec)
         strips = (queries[0], keys_values[0], inside)
         at_once = _divisor(rows, fitting)
         out = lax.map(lambda xs: jax.checkpoint(attend)(*xs), strips, batch_size=at_once)
@@ -89,19 +79,16 @@ def _strips(
     q: Float[Array, "n h_q w_q heads d_k"],
     k: Float[Array, "n h w heads d_k"],
     v: Float[Array, "n h w heads d_v"],
-    block: int,
-    halo: int,
-    stride: int,
+    spec: Spec,
 ) -> tuple[
     Float[Array, "n rows side w_q heads d_k"],
     Float[Array, "n rows window w heads d_kv"],
     Bool[np.ndarray, "rows window"],
 ]:
     """Cuts images into rows of blocks: queries, keys and values with halo, what is inside."""
-    n, height = k.shape[:2]
-    queries = q.reshape(n, height // block, block // stride, *q.shape[2:])
-    keys_values = _with_halo(jnp.concatenate([k, v], -1), 1, block, halo)
-    return queries, keys_values, geometry.inside_image(height, block, halo)
+    queries = q.reshape(q.shape[0], q.shape[1] // spec.side, spec.side, *q.shape[2:])
+    keys_values = _with_halo(jnp.concatenate([k, v], -1), 1, spec.block, spec.halo)
+    return queries, keys_values, spec.inside(spec.height)
 
 
 def _attend_strip(
@@ -111,15 +98,12 @@ def _attend_strip(
     *,
     row_table: Float[Array, "offsets d_k"],
     col_table: Float[Array, "offsets d_k"],
-    block: int,
-    halo: int,
-    stride: int,
-    border: str,
+    spec: Spec,
 ) -> Float[Array, "side w_q heads d_v"]:
     """Computes the attention of one row of blocks."""
     side, w_q, heads, d_k = q.shape
     window, width = keys_values.shape[:2]
-    d_v, cols = keys_values.shape[-1] - d_k, width // block
+    d_v, cols = keys_values.shape[-1] - d_k, width // spec.block
     dtype, wide = q.dtype, jnp.promote_types(q.dtype, jnp.float32)
     # The default of XLA on TPU multiplies float32 as bfloat16.
     precision = lax.Precision.HIGHEST if dtype.itemsize >= 4 else lax.Precision.DEFAULT
@@ -128,13 +112,14 @@ def _attend_strip(
     # Axes: c column of blocks; a head; y, x query in its block; i, j key in its window; d channel;
     # q and k the query and the key as one flat axis each.
     q_ycxad = (q * d_k**-0.5).reshape(side, cols, side, heads, d_k)
-    index = geometry.table_index(block, halo, stride)
-    row_logits = dot("ycxad,yid->cayxi", q_ycxad, row_table[index])
-    col_logits = dot("ycxad,xjd->cayxj", q_ycxad, col_table[index])
-    if border == "mask":
+    positional = q_ycxad if spec.scale_positions else q.reshape(q_ycxad.shape)
+    index = spec.table_index()
+    row_logits = dot("ycxad,yid->cayxi", positional, row_table[index])
+    col_logits = dot("ycxad,xjd->cayxj", positional, col_table[index])
+    if spec.border == "mask":
         # Small enough to weigh nothing, and two of them still a finite number.
         nothing = jnp.finfo(dtype).min / 4
-        col_inside = geometry.inside_image(width, block, halo)[:, None, None, None, :]
+        col_inside = spec.inside(spec.width)[:, None, None, None, :]
         row_logits = jnp.where(row_inside[None, None, None, None, :], row_logits, nothing)
         col_logits = jnp.where(col_inside, col_logits, nothing)
 
@@ -144,7 +129,7 @@ def _attend_strip(
     q_cayxd = q_ycxad.transpose(1, 3, 0, 2, 4)
     q_cayxd = jnp.concatenate([q_cayxd, row_logits.astype(dtype), col_logits.astype(dtype)], -1)
     q_caqd = q_cayxd.reshape(cols, heads, side * side, d_k + 2 * window)
-    kv_icjad = _with_halo(keys_values, 1, block, halo)
+    kv_icjad = _with_halo(keys_values, 1, spec.block, spec.halo)
     kv_cakd = kv_icjad.transpose(1, 3, 0, 2, 4).reshape(cols, heads, window * window, d_k + d_v)
     picks = np.eye(window)
     picks = np.concatenate([np.repeat(picks, window, 0), np.tile(picks, (window, 1))], -1)
