@@ -16,6 +16,16 @@ def get_config() -> ConfigDict:
     config.model.name = "halonet_h0"  # one of halonet.list_models()
     config.model.dtype = "float32"  # of the computation: float32 or bfloat16
     config.model.bn_group = 32  # examples per group of batch-norm statistics
+    # What differs from the named model; empty, 0 or -1: nothing does. See halonet.models.HaloNet.
+    config.model.plan = ""  # c, h, b or l for each stage or block: c/c/h/h
+    config.model.block_size = 0  # pixels of each stage's map; 0: the named model's
+    config.model.halo_size = -1  # likewise; -1: the named model's
+    config.model.border = ""  # zeros or mask: what lies outside the image
+    config.model.positions = ""  # exact or contiguous: how relative tables are indexed
+    config.model.downsample = ""  # queries or pool: how attention halves the map
+    config.model.activation = ""  # relu or silu
+    config.model.channel_attention = ""  # none, se or eca
+    config.model.pad_to_blocks = False  # images of any size: each map padded to whole blocks
 
     config.data = ConfigDict()
     config.data.name = "mnist5k"  # mnist5k, fake:EXAMPLES:CLASSES, or a TensorFlow Datasets name

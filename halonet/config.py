@@ -24,6 +24,15 @@ from halonet.models import HaloNet, create_model
 # What may change between the starts of one run: none of it changes what is computed.
 MAY_CHANGE = ("log.", "checkpoint.", "mesh.", "data.data_dir", "data.threads", "eval.batch_size")
 
+# The values of config.model that leave a field as the named model has it.
+AS_NAMED = {
+    **dict.fromkeys(("plan", "border", "positions", "downsample"), ""),
+    **dict.fromkeys(("activation", "channel_attention"), ""),
+    "block_size": 0,
+    "halo_size": -1,
+    "pad_to_blocks": False,
+}
+
 
 class ConfigError(ValueError):
     """A configuration that cannot run. The message is one line."""
@@ -171,22 +180,21 @@ def validate(config: ConfigDict, *, num_classes: int) -> HaloNet:
     check_values(config)
     try:
         model = build_model(config, num_classes=num_classes)
+        model.check_fields()
     except ValueError as error:
-        raise ConfigError(f"config.model.name: {error}") from error
+        raise ConfigError(f"config.model: {error}") from error
     check_image_size(model, config.data.image_size)
     check_devices("data.batch_size", config.data.batch_size, config.model.bn_group)
     check_devices("eval.batch_size", config.eval.batch_size)
     return model
 
 
-def build_model(config: ConfigDict, *, num_classes: int) -> HaloNet:
-    """The model that a configuration names."""
-    return create_model(
-        config.model.name,
-        num_classes=num_classes,
-        dtype=config.model.dtype,
-        bn_group=config.model.bn_group,
-    )
+def build_model(config: ConfigDict, *, num_classes: int, **overrides: Any) -> HaloNet:
+    """The model that a configuration names, with other values of its fields where given."""
+    fields = config.model.to_dict()
+    name = fields.pop("name")
+    own = {key: value for key, value in fields.items() if value != AS_NAMED.get(key)}
+    return create_model(name, num_classes=num_classes, **{**own, **overrides})
 
 
 def check_image_size(model: HaloNet, size: int) -> None:

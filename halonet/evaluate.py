@@ -156,7 +156,7 @@ def evaluate_checkpoint(
     Prints the result and writes it into `workdir` as evaluation.json.
 
     Args:
-      config: names the data; the model is that of the checkpoint.
+      config: names the data; the model is that of the checkpoint, but for `pad_to_blocks`.
       workdir: the run, and where the result is written.
       step: "best", "latest" or a number.
       checkpoint: another run's folder, or one of its checkpoints, instead of `workdir`'s.
@@ -168,7 +168,9 @@ def evaluate_checkpoint(
     source = open_split(config, config.data.eval_split)
     where = epath.Path(checkpoint or workdir)
     try:
-        run = load_run(where, step, weights=weights, sharding=sharding.replicated(mesh))
+        padding = {"pad_to_blocks": True} if config.model.pad_to_blocks else {}
+        on = sharding.replicated(mesh)
+        run = load_run(where, step, weights=weights, sharding=on, **padding)
     except ValueError as error:
         if hasattr(error, "exit_code"):
             raise

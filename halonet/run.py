@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from halonet import checkpoint, metrics
 from halonet.config import build_model, load_config
 from halonet.data import transforms
-from halonet.models import HaloNet
+from halonet.models import HaloNet, resize_tables
 
 WEIGHTS = ("ema", "raw")
 
@@ -80,6 +80,7 @@ def load_run(
     *,
     weights: str = "",
     sharding: jax.sharding.Sharding | None = None,
+    **overrides: Any,
 ) -> Run:
     """Restores a run: `run = halonet.load_run("runs/demo")`.
 
@@ -88,6 +89,8 @@ def load_run(
       step: "best" (highest eval/top1 of those kept), "latest" or a number.
       weights: "ema" or "raw"; "" takes the averages where the run kept them.
       sharding: where the arrays shall lie; None is the first device.
+      **overrides: of the model's fields, such as `pad_to_blocks=True` for images of any size;
+        another `block_size` or `halo_size` resizes the relative tables.
 
     Raises:
       ConfigError: where there is no run.
@@ -106,7 +109,8 @@ def load_run(
     weights = weights or ("ema" if kept else "raw")
     if weights not in WEIGHTS or (weights == "ema" and not kept):
         raise ValueError(f"weights={weights!r} are not in this run; 'raw' are")
-    model = build_model(config, num_classes=len(meta["classes"]))
+    num_classes = len(meta["classes"])
+    model = build_model(config, num_classes=num_classes)
     size = config.data.image_size
     variables = jax.eval_shape(
         lambda: model.init(jax.random.key(0), jnp.zeros((1, size, size, 3)), train=False)
@@ -117,6 +121,9 @@ def load_run(
         variables = checkpoint.restore_arrays(folder, {"ema": target})["ema"]
     else:
         variables = checkpoint.restore_arrays(folder, target)
+    if overrides:
+        saved, model = model, build_model(config, num_classes=num_classes, **overrides)
+        variables = resize_tables(variables, saved, model)
     return Run(workdir, step, config, tuple(meta["classes"]), weights, model, variables)
 
 

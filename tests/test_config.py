@@ -102,7 +102,7 @@ def test_zero_is_allowed(config, key):
         ),
         (
             {"model.name": "halonet_tinny"},
-            "config.model.name: unknown model 'halonet_tinny'; did you mean 'halonet_tiny'?",
+            "config.model: unknown model 'halonet_tinny'; did you mean 'halonet_tiny'?",
         ),
         (
             {"data.image_size": 28},

@@ -21,7 +21,11 @@ OP = "halonet.ops.halo_attention"
 TABLE = {
     "halonet": ("models run ops.halo_attention", "", ""),
     "halonet.ops": ("ops", "jax numpy", ""),
-    "halonet.models": ("ops.halo_attention models", "flax jax numpy", ""),
+    "halonet.models": (
+        "ops.halo_attention ops.table_size ops.BORDERS ops.POSITIONS models",
+        "flax jax numpy",
+        "",
+    ),
     "halonet.models.__main__": ("models", "absl jax ml_collections", ""),
     "halonet.models.convert": ("models", "flax jax numpy", "safetensors torch"),
     "halonet.models.convert.__main__": ("models checkpoint", "absl ml_collections", ""),
@@ -159,6 +163,7 @@ def test_imports_follow_the_table(path):
         ("halonet.ops.xla", "from etils import epath", "halonet.ops.xla imports etils.epath"),
         ("halonet.plots", "from etils import edc", "halonet.plots imports etils.edc"),
         ("halonet.models.layers", "from halonet.ops import xla", "imports halonet.ops.xla"),
+        ("halonet.models.tables", "from halonet.ops import geometry", "imports halonet.ops.geom"),
         (
             "halonet.models.layers",
             "from halonet.ops.halo_attention import _check",

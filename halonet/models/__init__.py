@@ -2,6 +2,15 @@
 
 from halonet.models.attention import HaloAttention
 from halonet.models.halonet import HaloNet
-from halonet.models.registry import VARIANTS, create_model, list_models
+from halonet.models.registry import VARIANTS, Variant, create_model, list_models
+from halonet.models.tables import resize_tables
 
-__all__ = ["VARIANTS", "HaloAttention", "HaloNet", "create_model", "list_models"]
+__all__ = [
+    "VARIANTS",
+    "HaloAttention",
+    "HaloNet",
+    "Variant",
+    "create_model",
+    "list_models",
+    "resize_tables",
+]
