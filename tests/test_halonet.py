@@ -1,12 +1,14 @@
 """HaloNet: forward passes at each model's own size, what it refuses, how it starts."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from halonet.models import VARIANTS, create_model, list_models
-from halonet.models.halonet import HaloBlock
+from halonet.models.block import BlockShape, BottleneckBlock, stage_plan
 
 SMALL = ["halonet_h0", "halonet_h1", "halonet_h2", "halonet_h3", "halonet_tiny"]
 
@@ -24,20 +26,141 @@ def random_variables(model, size):
     return jax.tree_util.tree_map_with_path(fill, shapes)
 
 
+def evaluate(model, variables, images):
+    """The model's output, compiled as a whole: op by op takes longer here."""
+    return jax.jit(lambda v, x: model.apply(v, x, train=False))(variables, images)
+
+
+def forward(name, height, width, **overrides):
+    model = create_model(name, **overrides)
+    variables = random_variables(model, VARIANTS[name].image_size)
+    images = jax.random.normal(jax.random.key(0), (1, height, width, 3))
+    return evaluate(model, variables, images)
+
+
+# Those of timm run in tests/test_golden.py.
 @pytest.mark.parametrize(
     "name",
-    [*SMALL, *(pytest.param(n, marks=pytest.mark.long) for n in list_models() if n not in SMALL)],
+    [
+        *SMALL,
+        *(
+            pytest.param(name, marks=pytest.mark.long)
+            for name in list_models()
+            if name not in SMALL and VARIANTS[name].origin in ("paper", "ours")
+        ),
+    ],
 )
 def test_forward_at_its_own_size(name):
     size = VARIANTS[name].image_size
-    model = create_model(name)
-    variables = random_variables(model, size)
-    images = jax.random.normal(jax.random.key(0), (1, size, size, 3))
-    logits = jax.jit(lambda v, x: model.apply(v, x, train=False))(variables, images)
+    logits = forward(name, size, size)
     assert logits.shape == (1, 1000)
     assert logits.dtype == jnp.float32
     assert np.isfinite(logits).all()
     assert np.std(logits) > 0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("height", "width"), [(384, 512), (401, 333)])
+@pytest.mark.parametrize("border", ["zeros", "mask"])
+def test_h4_at_other_sizes(height, width, border):
+    logits = forward("halonet_h4", height, width, border=border, pad_to_blocks=True)
+    assert np.isfinite(logits).all()
+    assert np.std(logits) > 0
+
+
+def test_padding_changes_nothing_where_blocks_fit():
+    images = jax.random.normal(jax.random.key(0), (2, 32, 48, 3))
+    variables = random_variables(create_model("halonet_tiny", num_classes=10), 32)
+    plain, padded = (
+        evaluate(create_model("halonet_tiny", num_classes=10, pad_to_blocks=pad), variables, images)
+        for pad in (False, True)
+    )
+    np.testing.assert_array_equal(plain, padded)
+
+
+def test_any_size_with_padding():
+    model = create_model("halonet_tiny", num_classes=10, pad_to_blocks=True, border="mask")
+    variables = random_variables(model, 32)
+    images = jax.random.normal(jax.random.key(0), (2, 5, 70, 3))
+    maps = evaluate(model.clone(features_only=True), variables, images)
+    for found, (stride, channels) in zip(maps, model.features, strict=True):
+        assert found.shape == (2, -(-5 // stride), -(-70 // stride), channels)
+        assert np.isfinite(found).all()
+
+
+def test_features_are_what_the_head_sees():
+    model = create_model("halonet_tiny", num_classes=10)
+    variables = random_variables(model, 32)
+    images = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
+    *_, last = evaluate(model.clone(features_only=True), variables, images)
+    head = variables["params"]["head"]
+    logits = last.mean((1, 2)) @ head["kernel"] + head["bias"][None]
+    np.testing.assert_allclose(evaluate(model, variables, images), logits, rtol=1e-5)
+    # A detector's backbone has no head to train.
+    shapes = jax.eval_shape(
+        lambda: model.clone(features_only=True).init(jax.random.key(0), images, train=False)
+    )
+    assert "head" not in shapes["params"]
+
+
+@pytest.mark.parametrize(
+    ("plan", "depths", "spelled"),
+    [
+        ("", (2, 3), ("hh", "hhh")),
+        ("c/h", (2, 3), ("cc", "hhh")),
+        ("c/chc", (2, 3), ("cc", "chc")),
+        ("b/l", (1, 1), ("b", "l")),
+    ],
+)
+def test_a_plan_is_spelled_out(plan, depths, spelled):
+    assert stage_plan(plan, depths) == spelled
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        ("c", r"plan 'c' has 1 stages; depths \(2, 3\) have 2"),
+        ("c/x", r"plan 'c/x' has a block 'x'; there are c \(convolution\), h \(halo att"),
+        ("c/ch", r"plan 'c/ch' has 2 blocks in stage 2; write one letter, or 3"),
+        ("/h", r"plan '/h' has 0 blocks in stage 1; write one letter, or 2"),
+    ],
+)
+def test_a_wrong_plan_is_refused(plan, message):
+    with pytest.raises(ValueError, match=message):
+        stage_plan(plan, (2, 3))
+
+
+def test_stages_are_of_the_kinds_of_the_plan():
+    model = create_model("halonet_tiny", plan="c/hch", num_classes=10)
+    params = random_variables(model, 32)["params"]
+    kinds = {name: "conv2" in params[name] for name in params if "block" in name}
+    assert kinds == {
+        "stage1_block1": True,
+        "stage2_block1": False,
+        "stage2_block2": True,
+        "stage2_block3": False,
+    }
+    assert "attention" in params["stage2_block1"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"activation": "gelu"}, "activation 'gelu' is unknown; there are: relu, silu"),
+        ({"border": "wrap"}, "border 'wrap' is unknown; there are: zeros, mask"),
+        ({"channel_attention": "cbam"}, "channel_attention 'cbam' is unknown; .* none, se, eca"),
+        (
+            {"channel_attention": "se", "channel_attention_in": "l"},
+            "channel_attention 'se' is in no block: this model has none of the kinds 'l'",
+        ),
+        ({"plan": "h/b"}, "global_size 0 with b blocks"),
+        ({"heads": (2, 3)}, "width 64 cannot be shared by 3 heads"),
+        ({"heads": (2,)}, r"heads \(2,\) must have one number a stage"),
+    ],
+)
+def test_wrong_fields_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        create_model("halonet_tiny", **fields).check_fields()
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -48,7 +171,7 @@ def test_bfloat16_stays_near_float32(dtype):
 
     def logits(dtype):
         model = create_model("halonet_tiny", num_classes=10, dtype=dtype)
-        output = model.apply(variables, images, train=False)
+        output = evaluate(model, variables, images)
         assert output.dtype == jnp.float32
         return np.asarray(output)
 
@@ -61,16 +184,18 @@ def test_bfloat16_stays_near_float32(dtype):
 def test_images_may_be_rectangular():
     model = create_model("halonet_tiny", num_classes=10)
     images = jnp.ones((2, 32, 48, 3))
-    variables = model.init(jax.random.key(0), images, train=False)
-    assert model.apply(variables, images, train=False).shape == (2, 10)
+    variables = random_variables(model, 32)
+    assert evaluate(model, variables, images).shape == (2, 10)
 
 
 @pytest.mark.parametrize(
     ("name", "height", "width", "message"),
     [
-        ("halonet_h7", 600, 600, "image height 600 .* blocks of 10 .* work: 320 and 640"),
+        ("halonet_h3", 600, 600, "image height 600 .* blocks of 10 .* work: 320 and 640"),
         ("halonet_h1", 256, 224, "image width 224 .* blocks of 8 .* work: 256"),
-        ("halonet_tiny", 0, 32, "image height 0 .* work: 16"),
+        ("halonet_tiny", 0, 32, "image height 0 .* work: 16; with pad_to_blocks any size does"),
+        ("halonet_h7", 0, 32, "image height 0 "),
+        ("halo2botnet50ts_256", 512, 256, "size 512x256 does not fit .* 8x8 .*; 256x256 does"),
     ],
 )
 def test_sizes_that_blocks_do_not_divide_are_refused(name, height, width, message):
@@ -91,22 +216,17 @@ def test_the_named_size_works(name):
     assert size % model.size_unit == 0
 
 
+def bottleneck(shape):
+    """A block of `shape` as HaloNet makes its own."""
+    model = create_model("halonet_tiny", block_size=4, halo_size=2)
+    names = {field.name for field in dataclasses.fields(BottleneckBlock)}
+    fields = {key: value for key, value in vars(model).items() if key in names - {"parent", "name"}}
+    return BottleneckBlock(shape=shape, activate_sum=True, **fields)
+
+
 def test_a_block_starts_as_its_shortcut():
-    block = HaloBlock(
-        width=8,
-        block_size=4,
-        halo_size=2,
-        heads=2,
-        value_ratio=1.0,
-        out_ratio=2.0,
-        stride=1,
-        project_shortcut=False,
-        border="zeros",
-        implementation=None,
-        bn_group=0,
-        dtype=jnp.float32,
-        param_dtype=jnp.float32,
-    )
+    shape = BlockShape("h", 16, 8, 16, 8, 8, heads=2, stride=1, shortcut="identity")
+    block = bottleneck(shape)
     x = jax.random.normal(jax.random.key(0), (2, 8, 8, 16))
     variables = block.init(jax.random.key(1), x, train=False)
     output, _ = block.apply(variables, x, train=True, mutable=["batch_stats"])
