@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from configs import mnist
 from halonet.config import (
+    AS_NAMED,
     ConfigError,
     build_model,
     check_devices,
@@ -18,6 +19,7 @@ from halonet.config import (
     total_steps,
     validate,
 )
+from halonet.models import create_model
 
 
 @pytest.fixture
@@ -39,6 +41,27 @@ def test_validate_gives_the_model(config):
     model = validate(config, num_classes=7)
     assert model == build_model(config, num_classes=7)
     assert (model.num_classes, model.bn_group, model.dtype) == (7, 4, "bfloat16")
+
+
+def test_what_is_not_set_stays_as_the_named_model_has_it(config):
+    named = create_model("halonet_tiny", num_classes=7, dtype="float32", bn_group=4)
+    assert build_model(config, num_classes=7) == named
+    assert set(AS_NAMED) < set(config.model)
+    values = {
+        "plan": "c/h",
+        "block_size": 8,
+        "halo_size": 0,
+        "border": "mask",
+        "positions": "contiguous",
+        "downsample": "pool",
+        "activation": "silu",
+        "channel_attention": "se",
+        "pad_to_blocks": True,
+    }
+    assert set(values) == set(AS_NAMED)
+    config.model.update(values)
+    model = build_model(config, num_classes=7)
+    assert {key: getattr(model, key) for key in values} == values
 
 
 POSITIVE = (
@@ -107,7 +130,16 @@ def test_zero_is_allowed(config, key):
         (
             {"data.image_size": 28},
             "config.data.image_size=28: image height 28 cannot be cut into blocks of 4 in every "
-            "stage (the last has stride 4); the nearest that work: 16 and 32",
+            "stage (the last has stride 4); the nearest that work: 16 and 32; "
+            "with pad_to_blocks any size does",
+        ),
+        (
+            {"model.plan": "c"},
+            "config.model: plan 'c' has 1 stages; depths (1, 3) have 2",
+        ),
+        (
+            {"model.border": "wrap"},
+            "config.model: border 'wrap' is unknown; there are: zeros, mask",
         ),
         (
             {"data.batch_size": 100},

@@ -182,7 +182,8 @@ def test_workdir_of_another_configuration(refused, tmp_path):
         (
             [MNIST, "--workdir=w", "--config.data.image_size=28"],
             "config.data.image_size=28: image height 28 cannot be cut into blocks of 4 in every "
-            "stage (the last has stride 4); the nearest that work: 16 and 32",
+            "stage (the last has stride 4); the nearest that work: 16 and 32; "
+            "with pad_to_blocks any size does",
         ),
     ],
     ids=last,

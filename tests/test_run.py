@@ -137,6 +137,26 @@ def test_each_example_counts_once(workdir, batch_size, devices):
     assert scores == {"top1": 0.1, "classes": 1.0, "count": 1000}
 
 
+def test_a_model_opens_with_another_window(workdir):
+    run = load_run(workdir, halo_size=2, border="mask")
+    assert (run.model.halo_size, run.model.border) == (2, "mask")
+    assert run.variables["params"]["stage1_block1"]["attention"]["row_table"].shape[0] == 11
+    assert run.predict(np.zeros((1, 32, 32, 3), np.uint8)).shape == (1, 10)
+    with pytest.raises(ValueError, match="unknown option of halonet_tiny 'halo'; did you mean"):
+        load_run(workdir, halo=2)
+
+
+@pytest.mark.parametrize(("size", "padding"), [(48, False), (40, True)])
+def test_a_model_is_evaluated_at_another_size(workdir, tmp_path, size, padding):
+    config = small_config(**{"data.image_size": size, "model.pad_to_blocks": padding})
+    result = evaluate.evaluate_checkpoint(config, tmp_path, checkpoint=str(workdir))
+    assert result["count"] == 1000
+    config.model.pad_to_blocks = False
+    if padding:
+        with pytest.raises(ConfigError, match="image_size=40: .*; with pad_to_blocks any size"):
+            evaluate.evaluate_checkpoint(config, tmp_path, checkpoint=str(workdir))
+
+
 def test_other_classes_are_refused(workdir):
     config = small_config(**{"data.name": "fake:64:7", "data.eval_split": "test"})
     with pytest.raises(ConfigError, match="has 10 classes and config.data.name=fake:64:7 has 7"):
