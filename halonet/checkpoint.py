@@ -94,6 +94,24 @@ class Checkpointer:
         self._manager.close()
 
 
+def save_variables(
+    workdir: epath.PathLike, variables: dict[str, Any], meta: dict[str, Any]
+) -> None:
+    """Writes `variables`, {"params", "batch_stats"}, as the one checkpoint of a workdir, of step 0.
+
+    Returns when it is durable. A checkpoint that the workdir has already is replaced.
+    """
+    folder = _absolute(workdir) / FOLDER
+    if folder.exists():
+        folder.rmtree()
+    checkpointer = Checkpointer(workdir, keep_latest=1, best_steps=list)
+    try:
+        checkpointer.save(0, variables, meta)
+        checkpointer.wait()
+    finally:
+        checkpointer.close()
+
+
 def saved_steps(workdir: epath.PathLike) -> list[int]:
     """The steps with a complete checkpoint under `workdir`, oldest first."""
     folder = _absolute(workdir) / FOLDER
@@ -201,6 +219,8 @@ def _describe(tree: Any) -> dict[str, str]:
 
 def _as_dict(state: Any) -> dict[str, Any]:
     """A state's fields by name: what lies on disk does not depend on a Python class."""
+    if isinstance(state, dict):
+        return state
     return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
 
 

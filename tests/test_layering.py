@@ -27,8 +27,13 @@ TABLE = {
         "",
     ),
     "halonet.models.__main__": ("models", "absl jax ml_collections", ""),
-    "halonet.models.convert": ("models", "flax jax numpy", "safetensors torch"),
-    "halonet.models.convert.__main__": ("models checkpoint", "absl ml_collections", ""),
+    "halonet.models.convert": ("models", "flax jax numpy", "google.protobuf safetensors torch"),
+    # A command line: it reads runs as others do, and writes one, whose folder may be gs://.
+    "halonet.models.convert.__main__": (
+        "models checkpoint metrics run",
+        "absl etils.epath jax numpy",
+        "safetensors",
+    ),
     "halonet.data": ("data", "PIL grain numpy", ""),
     "halonet.data.__main__": ("data", "absl ml_collections", ""),
     "halonet.data.device": ("data", "jax numpy", ""),

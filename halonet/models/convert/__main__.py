@@ -1,0 +1,224 @@
+"""Weights of timm and MindCV as a run of ours, and back.
+
+python -m halonet.models.convert timm FILE --model=halonet50ts --out=DIR [--classes=FILE]
+python -m halonet.models.convert mindcv FILE.ckpt --model=halonet_50t --out=DIR [--classes=FILE]
+python -m halonet.models.convert timm DIR --to=FILE.safetensors
+
+FILE is .safetensors, or .pth, .pt or .bin where PyTorch is installed. halonet.load_run opens DIR,
+main.py --mode=evaluate --evaluate.checkpoint=DIR scores it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import sys
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+from etils import epath
+
+from halonet import checkpoint
+from halonet.metrics import write_whole
+from halonet.models import VARIANTS, HaloNet, create_model
+from halonet.models.convert import readers, weights
+from halonet.run import load_run
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("model", "", "name of the model that the weights are of")
+flags.DEFINE_string("out", "", "folder for the converted weights; may be gs://")
+flags.DEFINE_string("classes", "", "file of class names, one a line; empty: 0, 1, 2, ...")
+flags.DEFINE_string("to", "", "the way back: the .safetensors file to write")
+
+# What a run may set otherwise than timm: neither the weights nor what they compute depend on it.
+FREE = ("num_classes", "pad_to_blocks", "implementation", "bn_group", "dtype", "param_dtype")
+
+
+class UsageError(ValueError):
+    """A command line that makes no sense. The message is one line."""
+
+    exit_code = 2
+
+
+def convert(kind: str, file: str, *, model: str, out: str, classes: str = "") -> str:
+    """Writes the weights of a file as a run folder.
+
+    Args:
+      kind: "timm" or "mindcv": whose names are in the file.
+      file: see `readers.read_weights`.
+      model: a registered model of that origin.
+      out: a new or empty folder, or one of an earlier conversion, which is replaced.
+      classes: a file of class names, one a line; "" names them 0, 1, 2, ...
+
+    Returns:
+      What whoever asked for it wants to know next.
+    """
+    check_origin(model, kind)
+    folder = epath.Path(out)
+    if folder.exists() and not _is_free(folder):
+        raise UsageError(f"--out={out} holds something else; take another folder")
+    arrays = readers.read_weights(file)
+    bias = arrays.get("head.fc.bias" if kind == "timm" else "classifier.1.bias", np.zeros(1000))
+    names = _class_names(classes, bias.size)
+    network = create_model(model, num_classes=bias.size)
+    try:
+        entries = weights.ENTRIES[kind](network)
+        variables, counts = weights.to_variables(arrays, entries, network)
+    except weights.WeightsError as error:
+        raise weights.WeightsError(f"{file} does not hold {model}: {error}") from error
+    variables = jax.tree.map(lambda x: x.astype(np.float32), variables)
+
+    variant = VARIANTS[model]
+    source = {
+        "format": kind,
+        "file": pathlib.Path(file).name,
+        "sha256": hashlib.sha256(pathlib.Path(file).read_bytes()).hexdigest(),
+    }
+    # What load_run reads; all other keys of a configuration are of training.
+    config = {
+        "model": {"name": model},
+        "data": {"image_size": variant.image_size, "mean": variant.mean, "std": variant.std},
+        "train": {"ema_decay": 0.0},
+        "converted_from": source,
+    }
+    meta = {"classes": names, "converted_from": source, "num_batches_tracked": counts}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Before the arrays: what an interruption leaves is known as a conversion, and replaceable.
+        write_whole(folder / "config.json", json.dumps(config, indent=2) + "\n")
+        checkpoint.save_variables(folder, variables, meta)
+    except OSError as error:
+        raise UsageError(f"--out={out} cannot be written: {error.strerror or error}") from error
+    size = sum(x.size for x in jax.tree.leaves(variables["params"]))
+    return (
+        f"{model} of {kind}: {size:,} parameters, {bias.size} classes, "
+        f"images of {variant.image_size} px, from {source['file']} "
+        f"(sha256 {source['sha256'][:12]})\n"
+        f'in Python: run = halonet.load_run("{out}"); run.predict(images)\n'
+        f"score it:  python main.py --mode=evaluate --evaluate.checkpoint={out} "
+        "--config=CONFIG --workdir=WORKDIR"
+    )
+
+
+def convert_back(workdir: str, to: str) -> str:
+    """Writes the weights of a run, averaged where it kept them, as timm's state dict.
+
+    Args:
+      workdir: of a conversion, or of a run that trained one of timm's models.
+      to: the .safetensors file; under its name there is never half of it.
+
+    Returns:
+      What whoever asked for it wants to know next.
+    """
+    if pathlib.Path(to).suffix != ".safetensors":
+        raise UsageError(f"--to={to} must end in .safetensors")
+    run = load_run(workdir)
+    name = run.config.model.name
+    check_origin(name, "timm")
+    check_conventions(run.model, name)
+    meta = checkpoint.read_meta(checkpoint.step_folder(run.workdir, run.step))
+    arrays = weights.from_variables(
+        run.variables, weights.timm_entries(run.model), meta.get("num_batches_tracked")
+    )
+    from safetensors.numpy import save
+
+    path = pathlib.Path(to)
+    part = path.with_name(path.name + ".tmp")
+    try:
+        part.write_bytes(save(arrays, metadata={"format": "pt"}))  # as timm's own files say
+        part.replace(path)
+    except OSError as error:
+        raise UsageError(f"--to={to} cannot be written: {error.strerror}") from error
+    return (
+        f"step {run.step} of {workdir} ({run.weights} weights), {len(arrays)} arrays\n"
+        f"in Python: timm.create_model({name.removeprefix('timm_')!r}, "
+        f"num_classes={len(run.classes)}, checkpoint_path={to!r})"
+    )
+
+
+def check_origin(model: str, kind: str) -> None:
+    """Refuses models that `kind` does not have."""
+    known = [name for name, variant in VARIANTS.items() if variant.origin == kind]
+    if model not in known:
+        raise UsageError(f"{model!r} is not one of {kind}'s models: {', '.join(known)}")
+
+
+def check_conventions(model: HaloNet, name: str) -> None:
+    """Refuses a model that computes something else than the registered one of that name."""
+    registered = create_model(name, num_classes=model.num_classes)
+    fields = [f.name for f in dataclasses.fields(registered) if f.name not in (*FREE, "parent")]
+    differing = [
+        f"{field}={getattr(model, field)!r}"
+        for field in fields
+        if getattr(model, field) != getattr(registered, field)
+    ]
+    if differing:
+        raise UsageError(f"timm's {name} cannot compute {', '.join(differing)}")
+
+
+def _is_free(folder: epath.Path) -> bool:
+    """Whether a folder is empty or of an earlier conversion."""
+    config = folder / "config.json"
+    try:
+        if not config.exists():
+            return not any(folder.iterdir())
+        return "converted_from" in json.loads(config.read_text())
+    except (OSError, ValueError):
+        return False
+
+
+def _class_names(path: str, count: int) -> list[str]:
+    if not path:
+        return [str(number) for number in range(count)]
+    try:
+        names = epath.Path(path).read_text().splitlines()
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--classes={path} cannot be read as text") from error
+    if len(names) != count:
+        raise UsageError(
+            f"--classes={path} has {len(names)} lines; the weights have {count} classes"
+        )
+    return names
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """absl's parser, with flags before and behind the words, and one line for what it refuses."""
+    flags.FLAGS.set_gnu_getopt(True)
+    try:
+        return FLAGS(argv)
+    except flags.Error as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def main(argv: list[str]) -> None:
+    logging.set_verbosity(logging.WARNING)  # app.run turns Orbax's own progress on
+    kind, path = argv[1:] if len(argv) == 3 else ("", "")
+    incoming = FLAGS.model and FLAGS.out
+    try:
+        if kind not in weights.ENTRIES or not (FLAGS.to or incoming) or (FLAGS.to and incoming):
+            raise UsageError(
+                "one of these: timm FILE --model=NAME --out=DIR, mindcv FILE --model=NAME "
+                "--out=DIR, timm DIR --to=FILE.safetensors; --help tells more"
+            )
+        if FLAGS.to and kind != "timm":
+            raise UsageError("--to writes timm's files only")
+        if FLAGS.to:
+            print(convert_back(path, FLAGS.to))
+        else:
+            print(convert(kind, path, model=FLAGS.model, out=FLAGS.out, classes=FLAGS.classes))
+    except Exception as error:
+        code = getattr(error, "exit_code", None)
+        if code is None:
+            raise
+        # The keys of a file are anyone's: nothing in them moves the cursor.
+        line = "".join(letter if letter.isprintable() else " " for letter in str(error))
+        print(f"error: {line}", file=sys.stderr)
+        sys.exit(code)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)
