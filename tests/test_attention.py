@@ -59,6 +59,35 @@ def test_it_is_the_op_between_its_projections():
     np.testing.assert_allclose(layer.apply(variables, x), expected, atol=1e-5)
 
 
+def layer_of(**options):
+    return halonet.HaloAttention(block_size=4, halo_size=1, heads=2, head_dim=3, **options)
+
+
+def test_pooling_averages_what_every_query_found():
+    x, variables = initialised(layer_of(out_projection=False))
+    every = layer_of(out_projection=False).apply(variables, x)
+    pooled = layer_of(out_projection=False, stride=2, downsample="pool").apply(variables, x)
+    expected = every.reshape(2, 4, 2, 8, 2, 6).mean((2, 4))
+    np.testing.assert_allclose(pooled, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("downsample", ["queries", "pool"])
+def test_any_size_with_padding(downsample):
+    x, variables = initialised(layer_of(pad_to_blocks=True), (1, 7, 13, 6))
+    layer = layer_of(stride=2, downsample=downsample, pad_to_blocks=True, border="mask")
+    assert layer.apply(variables, x).shape == (1, 4, 7, 6)
+
+
+def test_an_unknown_way_of_downsampling_is_refused():
+    with pytest.raises(ValueError, match="downsample 'skip' is unknown; there are: queries, pool"):
+        initialised(layer_of(downsample="skip"))
+
+
+def test_contiguous_tables_are_longer():
+    _, variables = initialised(layer_of(positions="contiguous"))
+    assert variables["params"]["row_table"].shape == (2 * (4 + 2 * 1) - 1, 3)
+
+
 def test_tables_have_a_row_for_each_offset_that_occurs():
     layer = halonet.HaloAttention(block_size=4, halo_size=2, heads=2, head_dim=64)
     _, variables = initialised(layer)

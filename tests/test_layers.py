@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from halonet.models.layers import BatchNorm, Conv1x1, matmul_precision
+from halonet.models.layers import BatchNorm, Conv1x1, average_pool, matmul_precision
 
 
 @pytest.fixture
@@ -106,3 +106,9 @@ def test_conv1x1_is_a_convolution(images, stride):
 )
 def test_float32_products_ask_for_float32(dtype, precision):
     assert matmul_precision(dtype).name == precision
+
+
+def test_average_pool_takes_what_there_is_at_the_end_of_an_odd_map():
+    x = jnp.arange(15, dtype=jnp.float32).reshape(1, 3, 5, 1)
+    expected = [[3.0, 5.0, 6.5], [10.5, 12.5, 14.0]]
+    np.testing.assert_array_equal(average_pool(x, 2)[0, :, :, 0], expected)
