@@ -67,15 +67,26 @@ def layer_shapes():
     """Returns {shape: name}, each shape once, under the names of all the layers that have it."""
     names = {}
     for variant in list_models():
+        if VARIANTS[variant].origin != "paper" and variant != "halonet_tiny":
+            continue
         model = create_model(variant)
-        first_side = VARIANTS[variant].image_size // (4 if model.stem_pool else 2)
-        for stage, (width, heads) in enumerate(zip(model.widths, model.heads, strict=True)):
-            side, d_k = first_side // 2**stage, width // heads
-            rest = (model.block_size, model.halo_size, heads, d_k, round(d_k * model.value_ratio))
-            name = f"{variant.removeprefix('halonet_').upper()} stage {stage + 1}"
-            if stage > 0:
-                names.setdefault(Shape(2 * side, *rest, 2), []).append(name)
-            names.setdefault(Shape(side, *rest), []).append(name)
+        side = VARIANTS[variant].image_size // model.stem_stride
+        for stage, blocks in enumerate(model.stages(), start=1):
+            name = f"{variant.removeprefix('halonet_').upper()} stage {stage}"
+            for block in blocks[:2]:
+                padded = -(-side // model.block_size) * model.block_size
+                shape = Shape(
+                    padded,
+                    model.block_size,
+                    model.halo_size,
+                    block.heads,
+                    block.key_width // block.heads,
+                    block.value_width // block.heads,
+                    block.stride,
+                )
+                if name not in names.setdefault(shape, []):
+                    names[shape].append(name)
+                side = -(-side // block.stride)
     return {shape: f"{layers[0]} {shape}" for shape, layers in names.items()}
 
 
