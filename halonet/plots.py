@@ -1,4 +1,4 @@
-"""Pictures of a run: learning curves, and a sheet of images with predictions."""
+"""Pictures: learning curves, a sheet of predictions, blocks and halos on a photograph."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 from etils import epath
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 
 def learning_curves(rows: Sequence[dict[str, Any]], path: epath.PathLike) -> None:
@@ -84,6 +86,122 @@ def prediction_sheet(
             title = f"{classes[labels[index]]} as {title}"
         axis.set_title(title, fontsize=8, color="tab:red" if wrong[index] else "tab:green")
     _save(figure, path)
+
+
+def photograph(height: int, width: int) -> np.ndarray:
+    """Returns a real photograph, cropped and resized: uint8 (height, width, 3)."""
+    # Here and not above: a run draws other pictures, and scikit-learn takes a second to import.
+    from PIL import Image
+    from sklearn.datasets import load_sample_image
+
+    pixels = load_sample_image("china.jpg")
+    full_height, full_width, _ = pixels.shape
+    rows = min(full_height, full_width * height // width)
+    columns = min(full_width, full_height * width // height)
+    top = (full_height - rows) // 2
+    # The pavilion stands left of the middle.
+    left = min(max(240 - columns // 2, 0), full_width - columns)
+    cropped = Image.fromarray(pixels[top : top + rows, left : left + columns])
+    return np.asarray(cropped.resize((width, height), Image.Resampling.LANCZOS))
+
+
+def halo_picture(
+    layers: Sequence[tuple[np.ndarray, int, tuple[int, int]]],
+    path: epath.PathLike,
+    *,
+    block: int,
+    halo: int,
+    border: str = "zeros",
+    title: str = "",
+) -> None:
+    """Draws blocks, halos and what a query sees as a PNG: a whole map, then layers in close-up.
+
+    Args:
+      layers: of each one the map of its keys, uint8 (H, W, 3); its stride (queries are every such
+        pixel); and the row and column of a query, counted in queries. The whole map is that of the
+        first layer.
+      path: of the PNG, may be gs://.
+      block, halo: in pixels of the maps, which need not be whole blocks.
+      border: "zeros" or "mask": what the caption says of a window that reaches out of the map.
+      title: above the whole map.
+    """
+    figure = Figure(figsize=(4.5 * (len(layers) + 1), 5.0), layout="compressed")
+    whole, *close_ups = figure.subplots(1, len(layers) + 1)
+
+    pixels, stride, query = layers[0]
+    height, width, _ = pixels.shape
+    _draw_window(whole, pixels, block, halo, (stride * query[0], stride * query[1]))
+    bottom, right = (-(-size // block) * block for size in (height, width))
+    # Square like the others, or they would shrink to its height.
+    reach = 0.52 * max(bottom, right)
+    whole.set_xlim(right / 2 - reach, right / 2 + reach)
+    whole.set_ylim(bottom / 2 + reach, bottom / 2 - reach)
+    caption = f"A map of {height} × {width} pixels in blocks of {block} × {block}"
+    whole.set_title(f"{title}\n{caption}".strip(), fontsize=10)
+
+    side = block + 2 * halo
+    for axis, (pixels, stride, query) in zip(close_ups, layers, strict=True):
+        height, width, _ = pixels.shape
+        row, column = stride * query[0], stride * query[1]
+        rows, columns = _draw_window(axis, pixels, block, halo, (row, column))
+        shade = np.zeros((height, width, 4))
+        shade[..., 3] = 0.6
+        shade[rows, columns, 3] = 0
+        axis.imshow(shade, extent=(0, width, height, 0))
+        top, left = row // block * block, column // block * block
+        x, y = np.meshgrid(
+            np.arange(left, min(left + block, width), stride) + 0.5,
+            np.arange(top, min(top + block, height), stride) + 0.5,
+        )
+        axis.scatter(x, y, s=16, color="tab:red", edgecolor="white", linewidth=0.4, zorder=4)
+        # With half a block of what is not seen around it.
+        axis.set_xlim(left - halo - block / 2, left + block + halo + block / 2)
+        axis.set_ylim(top + block + halo + block / 2, top - halo - block / 2)
+
+        caption = "A block and its window:"
+        if stride > 1:
+            caption = f"Downsampling, from a map of {height} × {width}:"
+        queries = f"{x.shape[0]} × {x.shape[1]} queries (red)"
+        caption += f"\n{queries} share {side} × {side} keys (gold)"
+        inside = (rows.stop - rows.start, columns.stop - columns.start)
+        if inside != (side, side):
+            rest = {"zeros": "the others are zeros", "mask": "the others have no weight"}[border]
+            caption += f",\n{inside[0]} × {inside[1]} of them in the image; {rest}"
+        axis.set_title(caption, fontsize=10)
+    _save(figure, path)
+
+
+def _draw_window(
+    axis: Axes, pixels: np.ndarray, block: int, halo: int, at: tuple[int, int]
+) -> tuple[slice, slice]:
+    """Draws a map in blocks, the window of the query at a pixel, and returns that window."""
+    height, width, _ = pixels.shape
+    axis.set(xticks=[], yticks=[], facecolor="0.85")
+    axis.imshow(pixels, extent=(0, width, height, 0))
+    bottom, right = (-(-size // block) * block for size in (height, width))
+    grid = {"color": "white", "linewidth": 0.8}
+    axis.hlines(range(0, bottom + 1, block), 0, right, **grid)
+    axis.vlines(range(0, right + 1, block), 0, bottom, **grid)
+
+    top, left = at[0] // block * block, at[1] // block * block
+    # The image cuts the window; where blocks are padded, also before the last block ends.
+    rows = slice(max(top - halo, 0), min(top + block + halo, height))
+    columns = slice(max(left - halo, 0), min(left + block + halo, width))
+
+    def outline(y: int, x: int, height: int, width: int, **style) -> None:
+        axis.add_patch(
+            Rectangle((x, y), width, height, fill=False, linewidth=2.2, zorder=3, **style)
+        )
+
+    side = block + 2 * halo
+    seen = (rows.stop - rows.start, columns.stop - columns.start)
+    if seen != (side, side):
+        outline(top - halo, left - halo, side, side, edgecolor="gold", linestyle=":")
+    outline(top, left, block, block, edgecolor="tab:red")
+    outline(rows.start, columns.start, *seen, edgecolor="gold", label="window")
+    star = {"marker": "*", "color": "tab:red", "edgecolor": "white", "zorder": 5}
+    axis.scatter(at[1] + 0.5, at[0] + 0.5, s=130, linewidth=1, **star)
+    return rows, columns
 
 
 def _series(rows: Sequence[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:

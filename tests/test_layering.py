@@ -26,7 +26,7 @@ TABLE = {
         "flax jax numpy",
         "",
     ),
-    "halonet.models.__main__": ("models", "absl jax ml_collections", ""),
+    "halonet.models.__main__": ("models plots", "absl", ""),
     "halonet.models.convert": ("models", "flax jax numpy", "google.protobuf safetensors torch"),
     # A command line: it reads runs as others do, and writes one, whose folder may be gs://.
     "halonet.models.convert.__main__": (
@@ -44,7 +44,7 @@ TABLE = {
     "halonet.checkpoint": ("", "jax orbax", ""),
     "halonet.metrics": ("", "", "clu"),
     "halonet.runtime": ("", "jax", ""),
-    "halonet.plots": ("", "matplotlib numpy", ""),
+    "halonet.plots": ("", "matplotlib numpy", "PIL sklearn"),
     "halonet.steps": ("", "jax numpy optax", ""),
     "halonet.config": ("metrics models optim", "absl jax ml_collections", ""),
     # "best" is read from the run's own record, hence metrics.

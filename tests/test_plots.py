@@ -1,10 +1,12 @@
-"""Pictures: they are PNGs of a sane size, and the sheet puts the mistakes first."""
+"""Pictures: PNGs of a sane size, mistakes first, and the window is what the attention sees."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
-from halonet import plots
+from halonet import halo_attention, plots
 
 CLASSES = ("ant", "bee", "cat")
 
@@ -118,3 +120,89 @@ def test_sheet_without_mistakes(tmp_path, figures):
 def test_sheet_of_one_example_with_huge_logits(tmp_path):
     plots.prediction_sheet(*examples([2], [2], [1e4]), CLASSES, tmp_path / "sheet.png")
     assert_is_picture(tmp_path / "sheet.png", (900, 1400), (100, 400))
+
+
+def seen(height, width, block, halo, stride, query):
+    """Which pixels' values reach the output of a query, by the gradient of the definition."""
+    rng = np.random.default_rng(0)
+    keys = jnp.asarray(rng.normal(size=(1, height, width, 1, 2)), jnp.float32)
+    tables = jnp.zeros((2 * block + 2 * halo - 1, 2))
+
+    def output(values):
+        options = {"block": block, "halo": halo, "stride": stride, "pad_to_blocks": True}
+        queries = keys[:, ::stride, ::stride]
+        out = halo_attention(
+            *(queries, keys, values, tables, tables), **options, implementation="reference"
+        )
+        return out[0, query[0], query[1]].sum()
+
+    return np.asarray(jax.grad(output)(keys))[0, ..., 0, 0] != 0
+
+
+def drawn(axis):
+    """The rows and columns inside the window that a panel shows."""
+    (window,) = [patch for patch in axis.patches if patch.get_label() == "window"]
+    left, top = window.get_xy()
+    return top, top + window.get_height(), left, left + window.get_width()
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "block", "halo", "stride", "query"),
+    [
+        (16, 24, 4, 1, 1, (6, 9)),
+        (16, 16, 4, 2, 1, (0, 15)),
+        (16, 24, 4, 1, 2, (3, 4)),
+        (16, 16, 4, 3, 2, (7, 0)),
+        (8, 8, 8, 3, 1, (3, 3)),
+        (12, 8, 2, 3, 1, (5, 7)),
+        # Padded to whole blocks.
+        (19, 13, 4, 1, 1, (18, 12)),
+        (19, 13, 4, 2, 2, (9, 6)),
+        (19, 13, 4, 1, 1, (15, 2)),
+        (5, 5, 6, 2, 1, (0, 4)),
+    ],
+)
+def test_the_drawn_window_is_what_the_attention_sees(
+    height, width, block, halo, stride, query, figures, tmp_path
+):
+    pixels = np.zeros((height, width, 3), np.uint8)
+    plots.halo_picture([(pixels, stride, query)], tmp_path / "x.png", block=block, halo=halo)
+    expected = np.zeros((height, width), bool)
+    whole, close_up = figures[0].axes
+    top, bottom, left, right = drawn(close_up)
+    assert drawn(whole) == (top, bottom, left, right)
+    expected[top:bottom, left:right] = True
+    assert np.array_equal(seen(height, width, block, halo, stride, query), expected)
+    # What is not seen lies in the shade.
+    assert np.array_equal(close_up.images[1].get_array()[..., 3] == 0, expected)
+
+
+def test_queries_are_drawn_where_they_are(figures, tmp_path):
+    layers = [(np.zeros((19, 13, 3), np.uint8), stride, (2, 3)) for stride in (1, 2)]
+    plots.halo_picture(layers, tmp_path / "x.png", block=4, halo=1)
+    _, every, second = figures[0].axes
+
+    def dots(axis):
+        block, star = (points.get_offsets() for points in axis.collections[-2:][::-1])
+        return sorted(map(tuple, block - 0.5)), tuple(star[0] - 0.5)
+
+    assert dots(every) == ([(x, y) for x in (0, 1, 2, 3) for y in (0, 1, 2, 3)], (3, 2))
+    assert dots(second) == ([(x, y) for x in (4, 6) for y in (4, 6)], (6, 4))
+    assert "4 × 4 queries (red) share 6 × 6 keys (gold),\n5 × 5 of them" in every.get_title()
+    assert second.get_title().endswith("2 × 2 queries (red) share 6 × 6 keys (gold)")
+
+
+@pytest.mark.parametrize("border", ["zeros", "mask"])
+def test_halo_picture_is_a_picture(border, tmp_path):
+    layers = [(plots.photograph(24, 32), 1, (23, 0)), (plots.photograph(48, 64), 2, (23, 0))]
+    options = {"block": 8, "halo": 3, "border": border, "title": "here"}
+    plots.halo_picture(layers, tmp_path / "x.png", **options)
+    assert_is_picture(tmp_path / "x.png", (1400, 1600), (500, 600))
+
+
+def test_photograph_of_any_shape():
+    for height, width in ((24, 24), (24, 96), (96, 24), (500, 700)):
+        pixels = plots.photograph(height, width)
+        assert pixels.shape == (height, width, 3)
+        assert pixels.dtype == np.uint8
+        assert pixels.std() > 40
