@@ -54,6 +54,17 @@ def test_round_trip_is_exact(tmp_path):
     assert jax.tree.map(lambda x: x.dtype, restored) == jax.tree.map(lambda x: x.dtype, state)
 
 
+def test_variables_alone_are_a_checkpoint_and_replace_the_one_before(tmp_path):
+    for value in (1.0, 2.0):
+        variables = {"params": {"kernel": np.full((2, 3), value, np.float32)}}
+        checkpoint.save_variables(tmp_path, variables, {"classes": ["a"]})
+    assert checkpoint.saved_steps(tmp_path) == [0]
+    folder = checkpoint.step_folder(tmp_path, 0)
+    assert checkpoint.read_meta(folder)["classes"] == ["a"]
+    restored = checkpoint.restore_arrays(folder, on_one_device(variables))
+    jax.tree.map(np.testing.assert_array_equal, restored, variables)
+
+
 @pytest.mark.parametrize("saved_fsdp", [1, 4])
 @pytest.mark.parametrize("restored_fsdp", [1, 2, 8])
 def test_restores_on_another_mesh(tmp_path, saved_fsdp, restored_fsdp):

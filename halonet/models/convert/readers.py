@@ -64,7 +64,7 @@ def read_safetensors(data: bytes) -> dict[str, np.ndarray]:
     }
 
 
-def _array(content: bytes, dtype: str, shape: list[int]) -> np.ndarray:
+def _array(content: bytes | bytearray, dtype: str, shape: list[int]) -> np.ndarray:
     if dtype not in DTYPES.values():
         raise WeightsError(f"arrays of type {dtype} are not weights")
     kind = jnp.dtype(dtype)
