@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from halonet.ops import IMPLEMENTATIONS, halo_attention, xla
+from halonet.ops import IMPLEMENTATIONS, geometry, halo_attention, table_size, xla
 
 # The package's attribute of this name is the function.
 op_module = sys.modules["halonet.ops.halo_attention"]
@@ -20,7 +20,10 @@ BFLOAT16_BOUND = 0.04  # of values of order 1, and of gradients relative to thei
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Sizes of one call. `image` is (rows, columns) of blocks, `channels` (d_k, d_v)."""
+    """Sizes of one call. `image` is (rows, columns) of blocks, `channels` (d_k, d_v).
+
+    `size`, (height, width) in pixels, takes the place of `image` where padding is asked for.
+    """
 
     block: int = 4
     halo: int = 1
@@ -28,23 +31,29 @@ class Case:
     border: str = "zeros"
     image: tuple[int, int] = (2, 3)
     channels: tuple[int, int] = (4, 6)
+    positions: str = "exact"
+    scale_positions: bool = True
     n: int = 2
     heads: int = 2
+    size: tuple[int, int] | None = None
 
     @property
     def options(self):
-        return {f: getattr(self, f) for f in ("block", "halo", "stride", "border")}
+        names = ("block", "halo", "stride", "border", "positions", "scale_positions")
+        return {f: getattr(self, f) for f in names} | {"pad_to_blocks": self.size is not None}
 
     def inputs(self, dtype=np.float32):
         """The five arguments and a cotangent, as NumPy arrays of a fixed random seed."""
-        (d_k, d_v), side = self.channels, self.block // self.stride
-        rng = np.random.default_rng(0)
-        pixels, queries = (
-            (self.n, *(s * b for b in self.image), self.heads) for s in (self.block, side)
-        )
-        table = (2 * self.block + 2 * self.halo - 1, d_k)
+        (d_k, d_v), rng = self.channels, np.random.default_rng(0)
+        size = self.size or tuple(blocks * self.block for blocks in self.image)
+        pixels = (self.n, *size, self.heads)
+        queries = (self.n, *(-(-axis // self.stride) for axis in size), self.heads)
+        table = (table_size(self.block, self.halo, self.positions), d_k)
         shapes = [(*queries, d_k), (*pixels, d_k), (*pixels, d_v), table, table, (*queries, d_v)]
-        return [jnp.asarray(rng.normal(size=s), dtype) for s in shapes]
+        arrays = [rng.normal(size=s) for s in shapes]
+        if self.size:
+            arrays[2][..., 0] = 1  # the outputs of this channel are the weight inside the image
+        return [jnp.asarray(x, dtype) for x in arrays]
 
 
 AXES = {
@@ -54,10 +63,13 @@ AXES = {
     "border": ("zeros", "mask"),
     "image": ((1, 2), (2, 1), (3, 2)),
     "channels": ((4, 6), (8, 3)),
+    "positions": ("exact", "contiguous"),
+    "scale_positions": (True, False),
 }
-ALL_CASES = [Case(*values) for values in itertools.product(*AXES.values())]
-# Every block, halo, stride, border and image; of the channels, the last axis, one or the other.
-EVERYWHERE = [ALL_CASES[2 * i + i % 2] for i in range(len(ALL_CASES) // 2)]
+# Every block, halo, stride, border and image; of the last three axes, the combinations in turn.
+SIZES, REST = list(AXES.values())[:5], list(AXES.values())[5:]
+IN_TURN = itertools.cycle(itertools.product(*REST))
+EVERYWHERE = [Case(*sizes, *next(IN_TURN)) for sizes in itertools.product(*SIZES)]
 
 
 def pairs(case):
@@ -78,7 +90,24 @@ def pairwise(cases):
 def name(case):
     (rows, cols), (d_k, d_v) = case.image, case.channels
     size = f"b{case.block}h{case.halo}s{case.stride}"
-    return f"{size}-{case.border}-{rows}x{cols}-d{d_k},{d_v}"
+    scaled = "scaled" if case.scale_positions else "unscaled"
+    return f"{size}-{case.border}-{rows}x{cols}-d{d_k},{d_v}-{case.positions}-{scaled}"
+
+
+def any_size(seed):
+    """A random case whose image need not consist of whole blocks."""
+    rng = np.random.default_rng(seed)
+    block = int(rng.integers(1, 9))
+    return Case(
+        block=block,
+        halo=int(rng.integers(5)),
+        stride=int(rng.choice([s for s in range(1, block + 1) if block % s == 0])),
+        border=str(rng.choice(geometry.BORDERS)),
+        positions=str(rng.choice(geometry.POSITIONS)),
+        scale_positions=bool(rng.integers(2)),
+        heads=int(rng.integers(1, 4)),
+        size=tuple(rng.integers(1, 20, size=2).tolist()),
+    )
 
 
 def compiled(function, *arguments):
@@ -132,13 +161,15 @@ class Contract:
         return compiled(functools.partial(op, **case.options), *arguments)
 
     def check(self, case):
+        """Compares values and gradients to those of the reference; returns the values."""
         values, gradients = values_and_gradients(case, self.implementation)
         expected_values, expected_gradients = expected(case)
         np.testing.assert_allclose(values, expected_values, rtol=1e-5, atol=1e-5)
         for ours, right in zip(gradients, expected_gradients, strict=True):
             np.testing.assert_allclose(ours, right, rtol=1e-4, atol=1e-4)
+        return values
 
-    @pytest.mark.parametrize("case", pairwise(ALL_CASES), ids=name)
+    @pytest.mark.parametrize("case", pairwise(EVERYWHERE), ids=name)
     def test_values_and_gradients(self, case):
         self.check(case)
 
@@ -146,6 +177,21 @@ class Contract:
     @pytest.mark.parametrize("case", EVERYWHERE, ids=name)
     def test_values_and_gradients_everywhere(self, case):
         self.check(case)
+
+    def check_any_size(self, seed):
+        case = any_size(seed)
+        weight = self.check(case)[..., 0]
+        if case.border == "mask":
+            np.testing.assert_allclose(weight, 1, rtol=0, atol=1e-6)
+
+    @pytest.mark.parametrize("seed", range(20))
+    def test_any_size(self, seed):
+        self.check_any_size(seed)
+
+    @pytest.mark.long
+    @pytest.mark.parametrize("seed", range(200))
+    def test_any_size_everywhere(self, seed):
+        self.check_any_size(seed)
 
     @pytest.mark.parametrize("border", ["zeros", "mask"])
     def test_halo_wider_than_a_block(self, border):
@@ -182,10 +228,9 @@ class Contract:
         *arguments, _ = case.inputs()
         q, k, v = (jnp.stack([x, 2 * x, -x]) for x in arguments[:3])
         mapped = jax.vmap(functools.partial(self.run, case), (0, 0, 0, None, None))
-        values = mapped(q, k, v, *arguments[3:])
-        for i in range(3):
-            one = self.run(case, q[i], k[i], v[i], *arguments[3:])
-            np.testing.assert_allclose(values[i], one, rtol=1e-5, atol=1e-5)
+        values = compiled(mapped, q, k, v, *arguments[3:])
+        merged = self.run(case, *(x.reshape(-1, *x.shape[2:]) for x in (q, k, v)), *arguments[3:])
+        np.testing.assert_allclose(values.reshape(merged.shape), merged, rtol=1e-5, atol=1e-5)
 
     @pytest.mark.parametrize("stride", [1, 2])
     def test_gradients_vanish_outside_the_window(self, stride):
@@ -238,6 +283,27 @@ class Contract:
         np.testing.assert_allclose(padded[middle], 1, rtol=0, atol=1e-6)
         assert (np.delete(padded.reshape(2, 144, -1), middle_pixels(), 1) < 1 - 1e-4).all()
 
+    @pytest.mark.parametrize("stride", [1, 2])
+    def test_padding_weighs_nothing_under_a_mask(self, stride):
+        """Whatever it holds, and for every query, those in the padding included."""
+        image = np.zeros((8, 8), bool)
+        image[:5, :6] = True
+        spec = geometry.Spec(4, 2, stride, "mask", "exact", True, height=5, width=6)
+        q, k, v, *tables, _ = Case(halo=2, stride=stride, image=(2, 2)).inputs()
+        # The first channel of the values weighs the image: 1 if all weight lies inside.
+        v = v.at[..., 0].set(jnp.where(image, 1.0, 1000.0)[None, :, :, None])
+
+        def total(k, v):
+            out = IMPLEMENTATIONS[self.implementation](q, k, v, *tables, spec)
+            return jnp.square(out).sum(), out
+
+        gradients, values = compiled(jax.grad(total, (0, 1), has_aux=True), k, v)
+        np.testing.assert_allclose(values[..., 0], 1, rtol=0, atol=1e-6)
+        for gradient in gradients:
+            by_pixel = np.abs(gradient).max((0, 3, 4))
+            assert (by_pixel[~image] == 0).all()
+            assert (by_pixel[image] > 0).all()
+
 
 def middle_pixels():
     return np.arange(144).reshape(12, 12)[4:8, 4:8].ravel()
@@ -256,10 +322,23 @@ class TestRows(Contract):
         monkeypatch.setattr(xla, "STEPS_AT_ONCE", 1)
 
 
-def test_the_pairwise_cover_holds_every_pair():
-    cover = pairwise(ALL_CASES)
-    assert set().union(*map(pairs, cover)) == set().union(*map(pairs, ALL_CASES))
+def test_the_cases_hold_every_pair():
+    axes = [[(axis, value) for value in values] for axis, values in AXES.items()]
+    two = (itertools.product(*both) for both in itertools.combinations(axes, 2))
+    everything = set(itertools.chain.from_iterable(two))
+    assert set().union(*map(pairs, EVERYWHERE)) == everything
+    cover = pairwise(EVERYWHERE)
+    assert set().union(*map(pairs, cover)) == everything
     assert len(cover) < 35
+
+
+def test_random_sizes_are_of_every_kind():
+    cases = [any_size(seed) for seed in range(20)]
+    assert {case.border for case in cases} == set(geometry.BORDERS)
+    assert {case.positions for case in cases} == set(geometry.POSITIONS)
+    missing = [tuple(-axis % case.block for axis in case.size) for case in cases]
+    assert sum(rows > 0 and cols > 0 for rows, cols in missing) >= 10
+    assert any(case.stride > 1 and any(axis % case.stride for axis in case.size) for case in cases)
 
 
 def test_every_implementation_has_its_contract():
@@ -289,6 +368,28 @@ def test_the_default_follows_the_backend(monkeypatch):
     assert halo_attention(*arguments, **Case().options) == "its result"
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_contiguous_positions_are_exact_ones_unless_queries_are_left_out(stride):
+    case = Case(halo=2, stride=stride)
+    q, k, v, *tables, _ = case.inputs()
+    # The first 2 * halo rows have no use: no key lies so far before its query.
+    shifted = [jnp.pad(table, ((4, 0), (0, 0)), constant_values=jnp.nan) for table in tables]
+    exact, contiguous = (
+        functools.partial(halo_attention, **(case.options | {"positions": positions}))
+        for positions in ("exact", "contiguous")
+    )
+    right = compiled(exact, q, k, v, *tables)
+    difference = np.abs(compiled(contiguous, q, k, v, *shifted) - right).max((0, 3, 4))
+    # Queries by their blocks' rows, rows of the block, and the same of columns.
+    in_blocks = difference.reshape(2, case.block // stride, 3, case.block // stride)
+    assert in_blocks[:, 0, :, 0].max() < 1e-6  # queries at a corner of their block
+    if stride == 1:
+        assert in_blocks.max() < 1e-6
+    else:
+        assert in_blocks[:, 1:].min() > 1e-3
+        assert in_blocks[..., 1:].min() > 1e-3
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -297,6 +398,10 @@ def test_the_default_follows_the_backend(monkeypatch):
         ({"stride": 3}, "stride 3 does not divide block 4; these do: 1, 2, 4"),
         ({"stride": 0}, "stride 0 does not divide block 4; these do: 1, 2, 4"),
         ({"border": "wrap"}, "border 'wrap' is unknown; the known ones are zeros, mask"),
+        (
+            {"positions": "true"},
+            "positions 'true' is unknown; the known ones are exact, contiguous",
+        ),
         (
             {"implementation": "cuda"},
             "implementation 'cuda' is unknown; the known ones are reference, xla_shift, xla_rows",
@@ -335,6 +440,25 @@ def test_the_default_follows_the_backend(monkeypatch):
             {"row_table": (9, 5)},
             "row_table has shape (9, 5); with k of shape (2, 8, 12, 2, 4), block 4, halo 1 and "
             "stride 1 it needs (9, 4)",
+        ),
+        (
+            {"positions": "contiguous"},
+            "row_table has shape (9, 4); with k of shape (2, 8, 12, 2, 4), block 4, halo 1 and "
+            "stride 1 it needs (11, 4) for contiguous positions",
+        ),
+        (
+            {"pad_to_blocks": True, "k": (2, 7, 11, 2, 4)},
+            "q has shape (2, 8, 12, 2, 4); with k of shape (2, 7, 11, 2, 4), block 4, halo 1 and "
+            "stride 1 it needs (2, 7, 11, 2, 4)",
+        ),
+        (
+            {"pad_to_blocks": True, "k": (2, 7, 11, 2, 4), "stride": 2},
+            "q has shape (2, 8, 12, 2, 4); with k of shape (2, 7, 11, 2, 4), block 4, halo 1 and "
+            "stride 2 it needs (2, 4, 6, 2, 4)",
+        ),
+        (
+            {"pad_to_blocks": True, "k": (2, 0, 11, 2, 4)},
+            "height 0 is not a multiple of block 4; the nearest that works is 4",
         ),
         ({"k": jnp.int32}, "k has dtype int32; it needs a floating one"),
         ({"v": jnp.bfloat16}, "v has dtype bfloat16 but q has float32; cast one with .astype"),
