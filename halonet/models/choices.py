@@ -29,6 +29,8 @@ CHOICES: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("[C]", "tables", "one of rows and one of columns a layer, shared by the heads"),
         ("ours", "scale", "d_k^-1/2 on content and position, as BoTNet's code; timm: content only"),
         ("ours", "border", "outside the image keys and values are zero, as in timm, kecam, MindCV"),
+        ("ours", "shortcut", "1x1 convolution and batch norm in the first block of every stage"),
+        ("ours", "activation", "ReLU: the paper has SiLU as an add-on [M-med]; kecam takes SiLU"),
         ("[C]", "projections", "none of the attention's output; no biases of q, k and v [V×3]"),
     ),
     "downsampling": (
@@ -36,8 +38,6 @@ CHOICES: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("[V]", "kept pixels", "(0, 0), (0, 2), ... as in timm and kecam; the paper's are unknown"),
     ),
     "block": (
-        ("ours", "shortcut", "1x1 convolution and batch norm in the first block of every stage"),
-        ("ours", "activation", "ReLU: the paper has SiLU as an add-on [M-med]; kecam takes SiLU"),
         ("[V]", "batch norm", "after both 1x1 convolutions and what is between, as timm and kecam"),
         ("[V]", "batch norm", "momentum 0.9, epsilon 1e-5, a block's last scale 0: BoTNet's code"),
         (
