@@ -122,15 +122,9 @@ class HaloNet(nn.Module):
         return tuple(stages)
 
     def _block(self, stage: int, block: int, kind: str, in_width: int) -> BlockShape:
-        def of_stage(ratio: float | tuple[float, ...]) -> float:
-            return ratio[stage] if isinstance(ratio, tuple) else ratio
-
-        def over_heads(ratio: float) -> int:
-            return round(width * ratio) if kind == "c" else heads * round(width / heads * ratio)
-
         first, heads = block == 0, self.heads[stage]
         stride = 1 if not first else self.first_stride if stage == 0 else 2
-        out_width = round(self.widths[stage] * of_stage(self.out_ratio))
+        out_width = round(self.widths[stage] * _of_stage(self.out_ratio, stage))
         width = round(self.expand_ratio * in_width) or self.widths[stage]
         if kind != "c" and width % heads:
             raise ValueError(f"width {width} cannot be shared by {heads} heads")
@@ -143,8 +137,11 @@ class HaloNet(nn.Module):
             in_width=in_width,
             width=width,
             out_width=out_width,
-            key_width=over_heads(of_stage(self.key_ratio)),
-            value_width=over_heads(self.value_ratio),
+            key_width=heads * round(width / heads * _of_stage(self.key_ratio, stage)),
+            # A convolution's channels are of no head.
+            value_width=round(width * self.value_ratio)
+            if kind == "c"
+            else heads * round(width / heads * self.value_ratio),
             heads=heads,
             stride=stride,
             shortcut=shortcut,
@@ -296,3 +293,8 @@ class HaloNet(nn.Module):
         if self.stem_pool == "max_zeros":
             x, around = jnp.pad(x, ((0, 0), *around, (0, 0))), "VALID"
         return nn.max_pool(x, (3, 3), strides=(2, 2), padding=around)
+
+
+def _of_stage(ratio: float | tuple[float, ...], stage: int) -> float:
+    """A field that is one number, or one a stage."""
+    return ratio[stage] if isinstance(ratio, tuple) else ratio
