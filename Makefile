@@ -9,30 +9,52 @@ ARGS ?=
 # Tests are spread over the cores, but not over more processes than memory likes.
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$(( n > 8 ? 8 : n )))
 
-.PHONY: help install demo test middle long lint lock
+.PHONY: help install demo test middle long parity lint lock
 
 help:
 	@echo "make demo    train halonet_tiny on 4,000 digits and show what came of it (runs/demo)"
 	@echo "make test    the tests, in minutes"
 	@echo "make middle  the longer tests that CI adds"
 	@echo "make long    the exhaustive ones; records their results in tests/records/"
+	@echo "make parity  compares with timm, lucidrains and MindCV, installed apart (6 GB)"
 	@echo "make lint    ruff, format and lint"
 	@echo "make lock    resolve requirements.txt anew (needs uv)"
 	@echo "PYTHON=python3.12 chooses the interpreter."
 
 install: $(VENV)/installed
 
+# What requirements.lock pins, in a folder of its own.
+define environment
+@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else \
+  "error: Python %d.%d; it must be 3.11, 3.12 or 3.13: make PYTHON=python3.12 ..." % v)'
+@echo "installing into $(1): a minute, once"
+@$(PYTHON) -m venv $(1)
+@if command -v uv >/dev/null; then \
+  uv pip sync --quiet --python $(1)/bin/python --require-hashes requirements.lock; \
+else \
+  $(1)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes \
+    -r requirements.lock; \
+fi
+endef
+
 $(VENV)/installed: requirements.lock
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else \
-	  "error: Python %d.%d; it must be 3.11, 3.12 or 3.13: make PYTHON=python3.12 ..." % v)'
-	@echo "installing into $(VENV): a minute, once"
-	@$(PYTHON) -m venv $(VENV)
-	@if command -v uv >/dev/null; then \
-	  uv pip sync --quiet --python $(BIN)/python --require-hashes requirements.lock; \
-	else \
-	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes \
-	    -r requirements.lock; \
-	fi
+	$(call environment,$(VENV))
+	@touch $@
+
+# The peers. pip in any case, as it prefers PyTorch's CPU build and goes on where its index is shut.
+PEERS := $(VENV)-parity
+MINDCV := $(VENV)-mindcv
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --retries 1
+
+$(PEERS)/installed: requirements.lock tests/parity/requirements.txt
+	$(call environment,$(PEERS))
+	@$(PEERS)/bin/python $(PIP_INSTALL) --no-deps -r tests/parity/requirements.txt
+	@touch $@
+
+$(MINDCV)/installed: tests/parity/requirements-mindcv.txt
+	@echo "installing into $(MINDCV): a minute, once"
+	@$(PYTHON) -m venv $(MINDCV)
+	@$(MINDCV)/bin/python $(PIP_INSTALL) -r tests/parity/requirements-mindcv.txt
 	@touch $@
 
 demo: install
@@ -46,6 +68,11 @@ middle: install
 
 long: install
 	@$(RUN) -m pytest -q -n $(JOBS) -m long --record=tests/records/long.json $(ARGS)
+
+parity: $(PEERS)/installed $(MINDCV)/installed
+	@PYTHONPATH=tests $(MINDCV)/bin/python tests/parity/dump_mindcv.py .cache/parity
+	@PYTHONPATH=. $(PEERS)/bin/python -m pytest -q tests/parity \
+	  --record=tests/records/parity.json $(ARGS)
 
 lint: install
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check .
