@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.torch
-import timm
 import torch
 
 from halonet.models import VARIANTS, create_model
@@ -16,6 +15,7 @@ from halonet.models.convert import weights
 from tests.parity import golden, peers
 
 pytestmark = pytest.mark.timeout(1800)
+timm = peers.timm  # which takes care of what its import needs
 
 CASES = [(name, *size) for name in peers.NAMES for size in peers.image_sizes(name)]
 FLOAT64_BOUND = 1e-9
