@@ -6,6 +6,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -253,13 +254,13 @@ def test_the_code_in_the_pickle_works(tmp_path):
     assert marker.exists()
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt", ".pth", ".pt", ".bin"])
+# For .pth: tests/parity/test_pytorch_files.py.
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
 def test_code_in_a_file_does_not_run(tmp_path, suffix):
     path, marker = tmp_path / f"evil{suffix}", tmp_path / "marker"
     path.write_bytes(pickle_that_touches(marker))
-    line = refusal(path)
-    if suffix in (".safetensors", ".ckpt"):
-        assert line.endswith(f"as {suffix}: it looks like a Python pickle, which may hold code")
+    why = f"as {suffix}: it looks like a Python pickle, which may hold code"
+    assert refusal(path).endswith(why)
     assert not marker.exists()
 
 
@@ -311,7 +312,25 @@ def test_pytorch_is_asked_for_where_it_is_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     (tmp_path / "a.pth").write_bytes(b"PK\3\4")
     assert "PyTorch is not installed" in (line := refusal(tmp_path / "a.pth"))
-    assert line.endswith("pip install torch, or take the .safetensors file of the same weights")
+    assert line.endswith("'torch>=2.6', or take the .safetensors file of the same weights")
+
+
+@pytest.mark.parametrize("version", ["1.13.1", "2.5.1+cu121"])
+def test_a_pytorch_that_can_be_made_to_run_code_is_not_used(tmp_path, monkeypatch, version):
+    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(__version__=version))
+    (tmp_path / "a.pth").write_bytes(b"PK\3\4")
+    why = f"PyTorch {version} may run code in it (CVE-2025-32434): pip install 'torch>=2.6', or"
+    assert why in refusal(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_what_wrappers_put_before_every_key_is_taken_off(tmp_path, prefix):
+    path = tmp_path / "a.safetensors"
+    arrays = {"a": np.ones(1), "module.b": np.ones(2)}
+    save_file({prefix + key: array for key, array in arrays.items()}, path)
+    assert_same_bits(readers.read_weights(path), arrays)
+    save_file(arrays, path)
+    assert_same_bits(readers.read_weights(path), arrays)
 
 
 def test_safetensors_of_every_float(tmp_path):

@@ -1,11 +1,31 @@
 """Files that PyTorch writes are read, and what could run in one is not."""
 
+import argparse
 import zipfile
 
+import pytest
 import torch
 
 from halonet.models.convert import readers
 from tests.test_convert import pickle_that_touches, refusal
+
+
+@pytest.mark.parametrize(
+    ("names", "taken"),
+    [
+        (["model", "state_dict", "model_ema", "state_dict_ema"], "state_dict_ema"),
+        (["model", "state_dict", "model_ema"], "model_ema"),
+        (["model", "state_dict"], "state_dict"),
+        (["model"], "model"),
+    ],
+)
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
+def test_checkpoints_of_timms_training(tmp_path, names, taken, prefix):
+    checkpoint = {name: {prefix + "w": torch.tensor([float(len(name))])} for name in names}
+    checkpoint |= {"epoch": 3, "arch": "halonet26t", "args": argparse.Namespace(lr=0.1)}
+    torch.save(checkpoint, tmp_path / "last.pth")
+    arrays = readers.read_weights(tmp_path / "last.pth")
+    assert {key: array.tolist() for key, array in arrays.items()} == {"w": [len(taken)]}
 
 
 def test_pytorch_files_are_read_and_their_code_is_not(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import io
 import math
@@ -14,6 +15,9 @@ import numpy as np
 
 from halonet.models.convert.weights import WeightsError
 
+# Where timm keeps weights in a checkpoint of training, best first.
+NESTS = ("state_dict_ema", "model_ema", "state_dict", "model")
+WITHOUT_TORCH = "pip install 'torch>=2.6', or take the .safetensors file of the same weights"
 # Of the arrays that weights are made of, by the names of .safetensors.
 DTYPES = {
     "F64": "float64",
@@ -26,7 +30,9 @@ DTYPES = {
 
 
 def read_weights(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """The arrays of a weight file, by key. The suffix says how it is read.
+    """The arrays of a weight file, by key, less what PyTorch's wrappers put before every key.
+
+    The suffix says how it is read.
 
     Raises:
       WeightsError: for a file that is not there or not what its suffix says, in one line.
@@ -41,6 +47,9 @@ def read_weights(path: str | os.PathLike) -> dict[str, np.ndarray]:
         arrays = reader(data)
         if not arrays:
             raise WeightsError("it holds no arrays")
+        for prefix in ("module.", "_orig_mod."):
+            if all(key.startswith(prefix) for key in arrays):
+                arrays = {key.removeprefix(prefix): array for key, array in arrays.items()}
     except Exception as error:  # whatever a damaged file makes of a reader
         what, its_reader = _looks_like(data)
         if what and its_reader is not reader:
@@ -80,17 +89,23 @@ def read_torch(data: bytes) -> dict[str, np.ndarray]:
         import torch
     except ImportError as error:
         raise WeightsError(
-            "PyTorch is not installed, and only it reads these: pip install torch, or take the "
-            ".safetensors file of the same weights"
+            f"PyTorch is not installed, and only it reads these: {WITHOUT_TORCH}"
         ) from error
-    # weights_only: an unpickler that knows tensors and refuses to call anything else.
+    if [int(part) for part in torch.__version__.split(".")[:2]] < [2, 6]:
+        raise WeightsError(
+            f"PyTorch {torch.__version__} may run code in it (CVE-2025-32434): {WITHOUT_TORCH}"
+        )
+    # weights_only: an unpickler that knows tensors and refuses to call anything else, but for the
+    # mere attributes in which timm's training keeps its arguments.
     try:
-        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # torch's own texts advise to let the code run
         raise WeightsError(
             f"it is damaged, or holds more than arrays ({type(error).__name__} with weights_only)"
         ) from error
-    state = state.get("state_dict", state) if isinstance(state, dict) else {"all of it": state}
+    state = state if isinstance(state, dict) else {"all of it": state}
+    state = next((state[key] for key in NESTS if isinstance(state.get(key), dict)), state)
     arrays = {}
     for key, tensor in state.items():
         if not isinstance(tensor, torch.Tensor):
