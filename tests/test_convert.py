@@ -405,6 +405,8 @@ def test_a_file_becomes_a_run_and_the_file_again(run, timms, tmp_path):
     code, text = run("timm", timms, model=NAME, out=out, classes=classes)
     assert code == 0
     assert "8,714,032 parameters, 3 classes, images of 256 px, from model.safetensors" in text
+    assert "float64" not in text
+    assert "\nnote: numbers in head.fc.weight, the first of 120 such arrays, are no finite" in text
     assert f'run = halonet.load_run("{out}")' in text
 
     opened = load_run(out)
@@ -430,6 +432,21 @@ def test_a_file_becomes_a_run_and_the_file_again(run, timms, tmp_path):
         2,
         f"error: --out={tmp_path} holds something else; take another folder\n",
     )
+    for config in ("5", '"converted_from"', "{}", "not JSON"):
+        (out / "config.json").write_text(config)
+        assert run("timm", timms, model=NAME, out=out) == (
+            2,
+            line.replace(f"{tmp_path} ", f"{out} "),
+        )
+
+
+def test_what_is_said_of_numbers_and_of_mindcv():
+    assert not list(command.notes({"a": np.ones(1, np.float32), "n": np.array(3)}, "timm"))
+    arrays = {"a": np.ones(1), "b": np.array([1, np.nan]), "c": np.array(np.inf, jnp.bfloat16)}
+    wide, odd, unfold = command.notes(arrays, "mindcv")
+    assert wide == "float64 arrays are stored as float32"
+    assert odd == "numbers in b, the first of 2 such arrays, are no finite float32"
+    assert unfold.startswith("MindSpore's own Unfold orders windows otherwise than MindCV's source")
 
 
 def make_run(workdir, name, *, size, ema_decay=0.0, **state):
@@ -466,7 +483,7 @@ def test_what_timm_does_not_have_is_refused(run, tmp_path):
     to = tmp_path / "a.safetensors"
     code, line = run("timm", tmp_path / "run", to=to)
     assert code == 2
-    assert "'halonet_tiny' is not one of timm's models: timm_halonet_h1, halonet26t, " in line
+    assert "'halonet_tiny' is not one of timm's models; there are: timm_halonet_h1, " in line
     assert not to.exists()
 
 
@@ -492,6 +509,14 @@ def test_conventions_that_are_not_timms_are_refused():
             2,
             "'halonet_h0' is not one of ti",
         ),
+        (
+            ("timm", "a.pth"),
+            {"model": "halonet50t", "out": "x"},
+            2,
+            "'halonet50t' is not one of timm's models; did you mean 'halonet50ts'?",
+        ),
+        (("timm", "run"), {"to": "y.safetensors", "model": NAME}, 2, "one of these: "),
+        (("timm", "run"), {"to": "y.safetensors", "classes": "names.txt"}, 2, "one of these: "),
         (("mindcv", "a.ckpt"), {"model": NAME, "out": "x"}, 2, f"{NAME!r} is not one of mindcv's"),
         (("mindcv", "run"), {"to": "y.safetensors"}, 2, "--to writes timm's files only"),
         (("timm", "run"), {"to": "y.pth"}, 2, "--to=y.pth must end in .safetensors"),
@@ -520,12 +545,15 @@ def test_weights_that_do_not_fit_leave_nothing_behind(run, timms, tmp_path):
     assert list(tmp_path.iterdir()) == [names]
 
 
-def test_the_classes_of_mindcv_are_counted(run, tmp_path):
-    save_file({"classifier.1.bias": np.zeros(CLASSES)}, tmp_path / "a.safetensors")
+@pytest.mark.parametrize("leaf", ["weight", "bias"])
+def test_the_classes_of_mindcv_are_counted(run, tmp_path, leaf):
+    shape = (CLASSES, 2048)[: 2 if leaf == "weight" else 1]
+    save_file({f"classifier.1.{leaf}": np.zeros(shape)}, tmp_path / "a.safetensors")
     out = tmp_path / "run"
     code, line = run("mindcv", tmp_path / "a.safetensors", model="halonet_50t", out=out)
     assert code == 4
-    assert "does not hold halonet_50t: missing: classifier.1.weight, stage1.blocks.0." in line
+    other = {"weight": "bias", "bias": "weight"}[leaf]
+    assert f"does not hold halonet_50t: missing: classifier.1.{other}, stage1.blocks.0." in line
     assert "misshapen" not in line
 
 

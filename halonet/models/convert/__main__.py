@@ -4,17 +4,19 @@ python -m halonet.models.convert timm FILE --model=halonet50ts --out=DIR [--clas
 python -m halonet.models.convert mindcv FILE.ckpt --model=halonet_50t --out=DIR [--classes=FILE]
 python -m halonet.models.convert timm DIR --to=FILE.safetensors
 
-FILE is .safetensors, or .pth, .pt or .bin where PyTorch is installed. halonet.load_run opens DIR,
-main.py --mode=evaluate --evaluate.checkpoint=DIR scores it.
+FILE is .safetensors, or .pth, .pt or .bin where PyTorch, 2.6 or newer, is installed. DIR holds
+float32; halonet.load_run opens it, main.py --mode=evaluate --evaluate.checkpoint=DIR scores it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import hashlib
 import json
 import pathlib
 import sys
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -44,7 +46,7 @@ class UsageError(ValueError):
 
 
 def convert(kind: str, file: str, *, model: str, out: str, classes: str = "") -> str:
-    """Writes the weights of a file as a run folder.
+    """Writes the weights of a file, as float32, as a run folder.
 
     Args:
       kind: "timm" or "mindcv": whose names are in the file.
@@ -61,9 +63,11 @@ def convert(kind: str, file: str, *, model: str, out: str, classes: str = "") ->
     if folder.exists() and not _is_free(folder):
         raise UsageError(f"--out={out} holds something else; take another folder")
     arrays = readers.read_weights(file)
-    bias = arrays.get("head.fc.bias" if kind == "timm" else "classifier.1.bias", np.zeros(1000))
-    names = _class_names(classes, bias.size)
-    network = create_model(model, num_classes=bias.size)
+    layer = "head.fc." if kind == "timm" else "classifier.1."
+    head = arrays.get(f"{layer}weight", arrays.get(f"{layer}bias", np.zeros(0)))
+    count = len(head) if head.ndim and head.size else 1000
+    names = _class_names(classes, count)
+    network = create_model(model, num_classes=count)
     try:
         entries = weights.ENTRIES[kind](network)
         variables, counts = weights.to_variables(arrays, entries, network)
@@ -94,13 +98,28 @@ def convert(kind: str, file: str, *, model: str, out: str, classes: str = "") ->
         raise UsageError(f"--out={out} cannot be written: {error.strerror or error}") from error
     size = sum(x.size for x in jax.tree.leaves(variables["params"]))
     return (
-        f"{model} of {kind}: {size:,} parameters, {bias.size} classes, "
+        f"{model} of {kind}: {size:,} parameters, {count} classes, "
         f"images of {variant.image_size} px, from {source['file']} "
         f"(sha256 {source['sha256'][:12]})\n"
         f'in Python: run = halonet.load_run("{out}"); run.predict(images)\n'
         f"score it:  python main.py --mode=evaluate --evaluate.checkpoint={out} "
         "--config=CONFIG --workdir=WORKDIR"
+        + "".join(f"\nnote: {note}" for note in notes(arrays, kind))
     )
+
+
+def notes(arrays: dict[str, np.ndarray], kind: str) -> Iterator[str]:
+    """What one should know of weights that are converted all the same, each in one line."""
+    if any(array.dtype == np.float64 for array in arrays.values()):
+        yield "float64 arrays are stored as float32"
+    odd = [key for key, x in arrays.items() if not np.isfinite(x.astype(np.float32)).all()]
+    if odd:
+        yield f"numbers in {min(odd)}, the first of {len(odd)} such arrays, are no finite float32"
+    if kind == "mindcv":
+        yield (
+            "MindSpore's own Unfold orders windows otherwise than MindCV's source expects, so "
+            "the published weights may not compute here what they computed there"
+        )
 
 
 def convert_back(workdir: str, to: str) -> str:
@@ -143,7 +162,9 @@ def check_origin(model: str, kind: str) -> None:
     """Refuses models that `kind` does not have."""
     known = [name for name, variant in VARIANTS.items() if variant.origin == kind]
     if model not in known:
-        raise UsageError(f"{model!r} is not one of {kind}'s models: {', '.join(known)}")
+        near = [] if model in VARIANTS else difflib.get_close_matches(model, known, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"there are: {', '.join(known)}"
+        raise UsageError(f"{model!r} is not one of {kind}'s models; {hint}")
 
 
 def check_conventions(model: HaloNet, name: str) -> None:
@@ -165,8 +186,8 @@ def _is_free(folder: epath.Path) -> bool:
     try:
         if not config.exists():
             return not any(folder.iterdir())
-        return "converted_from" in json.loads(config.read_text())
-    except (OSError, ValueError):
+        return bool(json.loads(config.read_text())["converted_from"])
+    except (OSError, ValueError, LookupError, TypeError):
         return False
 
 
@@ -197,9 +218,10 @@ def parse_flags(argv: list[str]) -> list[str]:
 def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # app.run turns Orbax's own progress on
     kind, path = argv[1:] if len(argv) == 3 else ("", "")
-    incoming = FLAGS.model and FLAGS.out
+    incoming = (FLAGS.model, FLAGS.out)
     try:
-        if kind not in weights.ENTRIES or not (FLAGS.to or incoming) or (FLAGS.to and incoming):
+        fits = not any((*incoming, FLAGS.classes)) if FLAGS.to else all(incoming)
+        if kind not in weights.ENTRIES or not fits:
             raise UsageError(
                 "one of these: timm FILE --model=NAME --out=DIR, mindcv FILE --model=NAME "
                 "--out=DIR, timm DIR --to=FILE.safetensors; --help tells more"
