@@ -34,7 +34,9 @@ def main(arguments: Sequence[str]) -> int:
     show.add_argument("name", help="as `list` prints it")
     show.add_argument("--image_size", type=_size, help="pixels: 384, or 384x512 for height x width")
     show.add_argument("--pad_to_blocks", action="store_true", help="take any size")
-    show.add_argument("--picture", metavar="PNG", help="draws blocks and halos into this file")
+    show.add_argument(
+        "--picture", type=_png, metavar="PNG", help="draws blocks and halos into this file"
+    )
     show.add_argument("--stage", type=int, help="what the picture shows; the first with halos")
     show.add_argument("--query", type=_query, metavar="ROW,COL", help="in the map of that stage")
     if not arguments:
@@ -50,25 +52,25 @@ def main(arguments: Sequence[str]) -> int:
         size = flags.image_size or (VARIANTS[flags.name].image_size,) * 2
         # Drawn first: what cannot be drawn is said without a card above it.
         line = _draw(flags, model, *size)
-        print(model_card(flags.name, model, *size))
-        print(line)
+        card = model_card(flags.name, model, *size)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    print(card, line, sep="\n")
     return 0
 
 
 def _draw(flags: argparse.Namespace, model: HaloNet, height: int, width: int) -> str:
     """Draws the picture if it was asked for; returns the last line of the card."""
     stages = halo_stages(model, height, width)
-    if not flags.picture:
+    if flags.picture is None:
         if flags.stage is not None or flags.query is not None:
             raise ValueError("--stage and --query are of the picture; name it with --picture=PNG")
         how = f"--picture={flags.name}.png, with --stage and --query"
         return f"picture of blocks and halos: {how if stages else 'this model has none'}"
     if not stages:
         raise ValueError(f"{flags.name} has no halo attention to draw")
-    stage = flags.stage or min(stages)
+    stage = min(stages) if flags.stage is None else flags.stage
     if stage not in stages:
         known = ", ".join(map(str, stages))
         raise ValueError(f"stage {stage} of {flags.name} has no halo attention; these do: {known}")
@@ -95,6 +97,12 @@ def _size(text: str) -> tuple[int, int]:
     if not found:
         raise argparse.ArgumentTypeError(f"'{text}' is not a size; write 384, or 384x512")
     return int(found[1]), int(found[2] or found[1])
+
+
+def _png(text: str) -> str:
+    if not text.endswith(".png"):
+        raise argparse.ArgumentTypeError(f"'{text}' does not end in .png")
+    return text
 
 
 def _query(text: str) -> tuple[int, int]:
