@@ -1,5 +1,6 @@
 """`python -m halonet.models`: the table, the card and its picture, and what it refuses."""
 
+import io
 import runpy
 import sys
 
@@ -106,8 +107,18 @@ def test_what_the_notes_call_ours_is_called_ours():
     assert ours["halonet_h4"] == common | {"last 1x1"}
     assert ours["halonet_h7"] == common | {"last 1x1", "padding"}
     assert ours["halonet_h7_conv12"] == common | {"last 1x1", "padding", "convolutions"}
-    assert ours["halonet_h4_wide"] == common | {"last 1x1", "widths"}
-    assert ours["halonet50ts"] == ours["halonet_50t"] == {"start"}
+    assert ours["halonet_h4_wide"] == common | {"last 1x1", "r_b", "widths"}
+    assert ours["halonet50ts"] == {"start"}
+    assert ours["halonet_50t"] == {"start", "top-1"}
+
+
+def test_blocks_and_halos_of_the_papers_models_have_a_line():
+    models = [name for name in VARIANTS if name.startswith("halonet_h")]
+    assert len(models) == 13
+    for name in models:
+        model = create_model(name)
+        (text,) = [row[2] for row in choices(name, model) if row[:2] == ("[V×3]", "b and h")]
+        assert text.startswith(f"{model.block_size} and {model.halo_size};")
 
 
 def test_every_group_of_choices_belongs_to_a_model():
@@ -183,6 +194,15 @@ def test_the_picture_shows_the_maps_of_a_stage(arguments, maps, options, monkeyp
             ("show", "halonet50ts", "--stage=1", "--picture=x.png"),
             "error: stage 1 of halonet50ts has no halo attention; these do: 2, 3, 4",
         ),
+        (
+            ("show", "halonet_h4", "--stage=0", "--picture=x.png"),
+            "error: stage 0 of halonet_h4 has no halo attention; these do: 1, 2, 3, 4",
+        ),
+        (
+            ("show", "halonet_h4", "--picture=x.xyz"),
+            "error: argument --picture: 'x.xyz' does not end in .png",
+        ),
+        (("show", "halonet_h4", "--picture="), "error: argument --picture: '' does not end in"),
         (("show", "resnet50", "--picture=x.png"), "error: resnet50 has no halo attention to draw"),
         (
             ("show", "halonet_h4", "--query=96,0", "--picture=x.png"),
@@ -200,6 +220,12 @@ def test_the_picture_shows_the_maps_of_a_stage(arguments, maps, options, monkeyp
 )
 def test_refusals_are_one_line(arguments, message, capsys):
     assert refused(capsys, *arguments).startswith(message)
+
+
+def test_what_cannot_be_printed_is_not_called_a_refusal(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    with pytest.raises(UnicodeEncodeError):
+        main(("show", "halonet_tiny"))
 
 
 def test_the_module_runs(monkeypatch, capsys):

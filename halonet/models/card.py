@@ -49,7 +49,7 @@ def model_card(name: str, model: HaloNet, height: int, width: int) -> str:
     """The card of a registered variant: its parts, totals, and how sure each choice is.
 
     Args:
-      model: that variant, perhaps with overrides.
+      model: that variant, perhaps with `pad_to_blocks`; nothing else is said of overrides.
       height, width: of an image, in pixels.
 
     Raises:

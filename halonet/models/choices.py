@@ -20,8 +20,10 @@ TAGS = {
 CHOICES: dict[str, tuple[tuple[str, str, str], ...]] = {
     "paper": (
         ("[V]", "figures", "image size, parameters and accuracy of the paper by kecam's README"),
-        ("[V×3]", "b and h", "{block_size} and {halo_size}; the counts hardly constrain them"),
         ("[C]", "widths", "r_v, r_b, depths and d_f: no others near them give the published count"),
+    ),
+    "b and h": (
+        ("[V×3]", "b and h", "{block_size} and {halo_size}; the counts hardly constrain them"),
     ),
     "attention": (
         ("ours", "heads", "{heads}: three re-implementers [V×3]; timm's H1 has 8 everywhere"),
@@ -66,7 +68,7 @@ CHOICES: dict[str, tuple[tuple[str, str, str], ...]] = {
         ),
     ),
     "wide h4": (
-        ("[M-med]", "r_b", "4 in place of H4's 3; with 3 there are 68 M [C], published are 85 M"),
+        ("ours", "r_b", "raised to 4 [M-med]; with H4's 3 there are 68 M [C], published are 85 M"),
         ("ours", "widths", "stem and base 128, d_f 1024: the count that comes nearest [C]"),
     ),
     "conv-12": (
@@ -86,6 +88,20 @@ CHOICES: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("[V]", "everything", "layer by layer as in MindCV's own code, zeros in the max-pool too"),
         ("ours", "start", "initialised from scratch as our other models, not as MindCV's"),
         ("[C]", "parameters", "published with the 0.05 M running statistics of batch norm"),
+        ("[V]", "windows", "(channel, row, column), as that code reads what nn.Unfold returns"),
+        ("[V]", "windows", "MindSpore's own nn.Unfold orders them (row, column, channel)"),
+        (
+            "ours",
+            "top-1",
+            "so probably of weights trained with pixels and channels mixed; not imitated",
+        ),
+    ),
+    "their evaluation": (
+        (
+            "[V]",
+            "top-1",
+            "of crops of 94 or 95 %, timm's bicubic; here of the short side, bilinear",
+        ),
     ),
     "their attention": (
         ("[V]", "tables", "2(b+2h)-1 rows an axis; 2h of them or more are never used"),
@@ -157,7 +173,7 @@ def choices(name: str, model: HaloNet) -> list[tuple[str, str, str]]:
     """Returns (tag, subject, statement) for all that is uncertain about a registered variant.
 
     Args:
-      model: that variant, perhaps with overrides.
+      model: that variant, perhaps with `pad_to_blocks`; the statements fit no other override.
     """
     origin = VARIANTS[name].origin
     blocks = [block for stage in model.stages() for block in stage]
@@ -168,12 +184,14 @@ def choices(name: str, model: HaloNet) -> list[tuple[str, str, str]]:
         "tiny": name == "halonet_tiny",
         "resnet50": name == "resnet50",
         "paper": origin == "paper",
+        "b and h": name.startswith("halonet_h"),
         "wide h4": name.startswith("halonet_h4_wide"),
         "conv-12": name == "halonet_h4_wide_conv12",
         "h7 with convolutions": name.startswith("halonet_h7_conv"),
         "timm": origin == "timm",
         "mindcv": origin == "mindcv",
         "attention": "h" in kinds and not theirs,
+        "their evaluation": theirs and PUBLISHED[name].top1 != "",
         "their attention": theirs,
         "downsampling": strided and not theirs,
         "their downsampling": strided and theirs and model.downsample == "queries",
