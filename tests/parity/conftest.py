@@ -1,6 +1,7 @@
 """Collects nothing where the peers are not installed; `make parity` has an environment with them.
 
-Prints a table of the differences at the end, and with --record keeps it in docs/parity.txt.
+Prints a table of the differences at the end, and with --record keeps it in docs/parity.txt,
+unless tests were left out or failed.
 """
 
 import importlib.metadata
@@ -22,7 +23,7 @@ def table():
     return ROWS
 
 
-def pytest_terminal_summary(terminalreporter, config):
+def pytest_terminal_summary(terminalreporter, exitstatus, config):
     if not ROWS:
         return
     header = ("model", "image", "parameters", "float64", "gradient", "float32", "timm's float32")
@@ -33,7 +34,9 @@ def pytest_terminal_summary(terminalreporter, config):
         lines.append(f"{name:<22} {size:>9} {parameters:>11,} {numbers} {errors[3]:>14.1e}")
     text = "\n".join(lines) + "\n"
     terminalreporter.write("\n" + text)
-    if config.getoption("--record"):
+    # -k, -m, --lf and --deselect leave out rows, as a failure does.
+    whole = exitstatus == 0 and "deselected" not in terminalreporter.stats
+    if config.getoption("--record") and whole:
         packages = ("jax", "timm", "torch")
         versions = [f"{name} {importlib.metadata.version(name)}" for name in packages]
         FILE.write_text(INTRODUCTION.format(", ".join(versions)) + text)
