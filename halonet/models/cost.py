@@ -1,8 +1,8 @@
 """What a model costs, part by part: multiply-adds of one image, told apart, and parameters.
 
-Counted are the products of convolutions, dense layers and attention; not norms, activations, sums
-and pooling. (timm's published figures hold two more for each value that batch norm touches, and
-then agree with these in every digit: `tests/test_cost.py`.)
+Counted are the products of convolutions, dense layers and attention; not norms, activations, sums,
+pooling and ECA's gates, a few thousand products. (timm's published figures hold two more for each
+value that batch norm touches, and then agree with these in every digit: `tests/test_cost.py`.)
 """
 
 from __future__ import annotations
