@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     config.model.dtype = "float32"  # of the computation: float32 or bfloat16
     config.model.bn_group = 32  # examples per group of batch-norm statistics
     # What differs from the named model; empty, 0 or -1: nothing does. See halonet.models.HaloNet.
-    config.model.plan = ""  # c, h, b or l for each stage or block: c/c/h/h
+    config.model.plan = ""  # c (convolution) or h (halo attention) a stage or a block: c/c/h/h
     config.model.block_size = 0  # pixels of each stage's map; 0: the named model's
     config.model.halo_size = -1  # likewise; -1: the named model's
     config.model.border = ""  # zeros or mask: what lies outside the image

@@ -14,9 +14,9 @@ __all__ = [
 ]
 
 
-def load_run(workdir, step="best", *, weights="", sharding=None):
+def load_run(workdir, step="best", *, weights="", sharding=None, **overrides):
     """Restores a run: see `halonet.run.load_run`."""
     # Here and not above: Orbax takes seconds to import, and few programs restore.
     from halonet.run import load_run
 
-    return load_run(workdir, step, weights=weights, sharding=sharding)
+    return load_run(workdir, step, weights=weights, sharding=sharding, **overrides)

@@ -197,6 +197,12 @@ def build_model(config: ConfigDict, *, num_classes: int, **overrides: Any) -> Ha
     return create_model(name, num_classes=num_classes, **{**own, **overrides})
 
 
+def model_overrides(config: ConfigDict) -> dict[str, Any]:
+    """The fields in which a configuration's model differs from the one that it names."""
+    fields = config.model.to_dict()
+    return {key: value for key, value in fields.items() if value != AS_NAMED.get(key, value)}
+
+
 def check_image_size(model: HaloNet, size: int) -> None:
     """Refuses images that the model's blocks do not divide."""
     try:
@@ -231,7 +237,9 @@ def check_workdir(config: ConfigDict, workdir: epath.PathLike) -> None:
     """
     if not (epath.Path(workdir) / "config.json").exists():
         return
-    saved, now = flatten(load_config(workdir)), flatten(config)
+    # A run from before a key existed has what the key means by default.
+    saved = {f"model.{key}": value for key, value in AS_NAMED.items()}
+    saved, now = {**saved, **flatten(load_config(workdir))}, flatten(config)
     differing = [
         f"{key}: {saved.get(key)!r} there, {now.get(key)!r} now"
         for key in sorted(saved.keys() | now.keys())

@@ -14,7 +14,13 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from halonet import plots, sharding, steps
-from halonet.config import ConfigError, check_devices, check_image_size, check_values
+from halonet.config import (
+    ConfigError,
+    check_devices,
+    check_image_size,
+    check_values,
+    model_overrides,
+)
 from halonet.data import device, pipeline, sources
 from halonet.models import HaloNet
 from halonet.run import load_run
@@ -156,7 +162,8 @@ def evaluate_checkpoint(
     Prints the result and writes it into `workdir` as evaluation.json.
 
     Args:
-      config: names the data; the model is that of the checkpoint, but for `pad_to_blocks`.
+      config: names the data. The model is that of the checkpoint, but for what `config.model` sets
+        besides its name: other windows or padding, say.
       workdir: the run, and where the result is written.
       step: "best", "latest" or a number.
       checkpoint: another run's folder, or one of its checkpoints, instead of `workdir`'s.
@@ -168,13 +175,12 @@ def evaluate_checkpoint(
     source = open_split(config, config.data.eval_split)
     where = epath.Path(checkpoint or workdir)
     try:
-        padding = {"pad_to_blocks": True} if config.model.pad_to_blocks else {}
         on = sharding.replicated(mesh)
-        run = load_run(where, step, weights=weights, sharding=on, **padding)
+        run = load_run(where, step, weights=weights, sharding=on, **model_overrides(config))
     except ValueError as error:
         if hasattr(error, "exit_code"):
             raise
-        raise ConfigError(f"--evaluate.{error}") from error
+        raise ConfigError(f"--mode=evaluate: {error}") from error
     if len(run.classes) != len(source.classes):
         raise ConfigError(
             f"{where} has {len(run.classes)} classes and config.data.name={config.data.name} has "

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jaxtyping import Float
@@ -65,7 +64,12 @@ class Run:
         return transforms.normalize(np.stack(squares), mean, std)
 
     def predict(self, images: Sequence[Any] | np.ndarray) -> Float[np.ndarray, "n classes"]:
-        """Probabilities of the classes for images as `preprocess` takes them."""
+        """Probabilities of the classes for images as `preprocess` takes them.
+
+        For images of other sizes than the run's, and for feature maps, `model.apply` is the way.
+        """
+        if self.model.features_only:
+            raise ValueError("features_only: no classes to predict; run.model.apply gives the maps")
         logits = self._apply(self.variables, self.preprocess(images))
         return np.asarray(jax.nn.softmax(logits, axis=-1))
 
@@ -89,13 +93,14 @@ def load_run(
       step: "best" (highest eval/top1 of those kept), "latest" or a number.
       weights: "ema" or "raw"; "" takes the averages where the run kept them.
       sharding: where the arrays shall lie; None is the first device.
-      **overrides: of the model's fields, such as `pad_to_blocks=True` for images of any size;
-        another `block_size` or `halo_size` resizes the relative tables.
+      **overrides: of the model's fields, such as `pad_to_blocks=True` for images of any size or
+        `features_only=True`; another `block_size` or `halo_size` resizes the relative tables.
 
     Raises:
       ConfigError: where there is no run.
       CheckpointError: where there is no such checkpoint, listing the steps there are.
-      ValueError: for a step or weights that make no sense.
+      ValueError: for a step or weights that make no sense, and for overrides that need other
+        weights, listing them.
     """
     workdir = epath.Path(workdir)
     if workdir.parent.name == checkpoint.FOLDER and workdir.name.isdigit():
@@ -112,9 +117,7 @@ def load_run(
     num_classes = len(meta["classes"])
     model = build_model(config, num_classes=num_classes)
     size = config.data.image_size
-    variables = jax.eval_shape(
-        lambda: model.init(jax.random.key(0), jnp.zeros((1, size, size, 3)), train=False)
-    )
+    variables = model.abstract_variables(size, size)
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = checkpoint.abstract_on(variables, sharding)
     if weights == "ema":
@@ -122,9 +125,43 @@ def load_run(
     else:
         variables = checkpoint.restore_arrays(folder, target)
     if overrides:
-        saved, model = model, build_model(config, num_classes=num_classes, **overrides)
+        saved, model = model, _overridden(config, num_classes, overrides)
         variables = resize_tables(variables, saved, model)
+        _check_fit(variables, model, size)
     return Run(workdir, step, config, tuple(meta["classes"]), weights, model, variables)
+
+
+def _overridden(config: ConfigDict, num_classes: int, overrides: dict[str, Any]) -> HaloNet:
+    for key in ("name", "num_classes"):
+        if key in overrides:
+            raise ValueError(
+                f"{key}={overrides[key]!r} is another model: build it with create_model, "
+                "initialise it and copy what it shares with run.variables"
+            )
+    model = build_model(config, num_classes=num_classes, **overrides)
+    model.check_fields()
+    return model
+
+
+def _check_fit(variables: dict[str, Any], model: HaloNet, size: int) -> None:
+    """Raises ValueError unless `variables` are those of `model`; maps alone leave some unused."""
+    # Padded, a model takes every size, and no variable depends on either.
+    needed = model.clone(pad_to_blocks=True).abstract_variables(size, size)
+    found, wanted = (
+        {
+            jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        }
+        for tree in (variables, needed)
+    )
+    keys = wanted.keys() if model.features_only else wanted.keys() | found.keys()
+    differing = [
+        f"{key}: {found.get(key, 'nothing')} there, {wanted.get(key, 'nothing')} wanted"
+        for key in sorted(keys)
+        if found.get(key) != wanted.get(key)
+    ]
+    if differing:
+        raise ValueError(f"the weights do not fit that model: {'; '.join(differing)}")
 
 
 def resolve_step(workdir: epath.PathLike, step: str | int) -> int:

@@ -138,6 +138,12 @@ def test_zero_is_allowed(config, key):
             "config.model: plan 'c' has 1 stages; depths (1, 3) have 2",
         ),
         (
+            {"model.block_size": 7},
+            "config.model: block_size 7 is odd, and queries are kept by twos; take an even one, or "
+            "downsample 'pool'",
+        ),
+        ({"model.halo_size": -5}, "config.model: halo_size -5 must be at least 0"),
+        (
             {"model.border": "wrap"},
             "config.model: border 'wrap' is unknown; there are: zeros, mask",
         ),
@@ -201,6 +207,17 @@ def test_same_config_twice(config, tmp_path):
     check_workdir(config, tmp_path / "new")
     save_config(config, tmp_path)
     check_workdir(config, tmp_path)
+
+
+def test_a_run_from_before_a_key_existed_goes_on(config, tmp_path):
+    old = config.copy_and_resolve_references()
+    with old.unlocked():
+        del old.model["plan"]
+    save_config(old, tmp_path)
+    check_workdir(config, tmp_path)
+    config.model.plan = "c/h"
+    with pytest.raises(ConfigError, match="model.plan: '' there, 'c/h' now"):
+        check_workdir(config, tmp_path)
 
 
 def test_another_config_is_refused(config, tmp_path):

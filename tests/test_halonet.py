@@ -153,9 +153,18 @@ def test_stages_are_of_the_kinds_of_the_plan():
             {"channel_attention": "se", "channel_attention_in": "l"},
             "channel_attention 'se' is in no block: this model has none of the kinds 'l'",
         ),
-        ({"plan": "h/b"}, "global_size 0 with b blocks"),
+        ({"plan": "h/b"}, "b blocks need global_size"),
         ({"heads": (2, 3)}, "width 64 cannot be shared by 3 heads"),
-        ({"heads": (2,)}, r"heads \(2,\) must have one number a stage"),
+        ({"heads": (2,)}, r"heads \(2,\) must have 2 numbers, one a stage"),
+        ({"depths": (1, 0)}, r"depths \(1, 0\) must be positive numbers"),
+        ({"out_ratio": (1.0,)}, r"out_ratio \(1.0,\) must have 2 numbers, one a stage"),
+        ({"key_ratio": 0.001}, "a block of stage 1 would have no channels: .*key_width=0"),
+        ({"block_size": 0}, "block_size 0 must be at least 1"),
+        ({"halo_size": -1}, "halo_size -1 must be at least 0"),
+        ({"block_size": 7}, "block_size 7 is odd, .* take an even one, or downsample 'pool'"),
+        ({"plan": "c/h", "group_width": 5}, "group_width 5 does not divide the 32 channels"),
+        ({"stem_kernel": 4}, "stem_kernel 4 must be odd"),
+        ({"implementation": "cuda"}, "implementation 'cuda' is unknown; there are: None, ref"),
     ],
 )
 def test_wrong_fields_are_refused(fields, message):
@@ -193,9 +202,10 @@ def test_images_may_be_rectangular():
     [
         ("halonet_h3", 600, 600, "image height 600 .* blocks of 10 .* work: 320 and 640"),
         ("halonet_h1", 256, 224, "image width 224 .* blocks of 8 .* work: 256"),
-        ("halonet_tiny", 0, 32, "image height 0 .* work: 16; with pad_to_blocks any size does"),
-        ("halonet_h7", 0, 32, "image height 0 "),
-        ("halo2botnet50ts_256", 512, 256, "size 512x256 does not fit .* 8x8 .*; 256x256 does"),
+        ("halonet_tiny", 0, 32, "image height 0 is not positive"),
+        ("halonet_tiny", 8, 32, "image height 8 .* work: 16; with pad_to_blocks any size does"),
+        ("halonet_h7", 32, 0, "image width 0 is not positive"),
+        ("halo2botnet50ts_256", 512, 256, "size 512x256 does not fit .* 8x8 .*: 256x256 does"),
     ],
 )
 def test_sizes_that_blocks_do_not_divide_are_refused(name, height, width, message):

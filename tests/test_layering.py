@@ -22,7 +22,7 @@ TABLE = {
     "halonet": ("models run ops.halo_attention", "", ""),
     "halonet.ops": ("ops", "jax numpy", ""),
     "halonet.models": (
-        "ops.halo_attention ops.table_size ops.BORDERS ops.POSITIONS models",
+        "ops.halo_attention ops.table_size ops.BORDERS ops.IMPLEMENTATIONS ops.POSITIONS models",
         "flax jax numpy",
         "",
     ),

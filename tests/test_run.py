@@ -138,12 +138,43 @@ def test_each_example_counts_once(workdir, batch_size, devices):
 
 
 def test_a_model_opens_with_another_window(workdir):
-    run = load_run(workdir, halo_size=2, border="mask")
+    run = halonet.load_run(workdir, halo_size=2, border="mask")
     assert (run.model.halo_size, run.model.border) == (2, "mask")
     assert run.variables["params"]["stage1_block1"]["attention"]["row_table"].shape[0] == 11
     assert run.predict(np.zeros((1, 32, 32, 3), np.uint8)).shape == (1, 10)
     with pytest.raises(ValueError, match="unknown option of halonet_tiny 'halo'; did you mean"):
         load_run(workdir, halo=2)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"num_classes": 5}, "num_classes=5 is another model: build it with create_model"),
+        ({"name": "halonet_h0"}, "name='halonet_h0' is another model"),
+        ({"border": "wrap"}, "border 'wrap' is unknown"),
+        ({"halo_size": -5}, "halo_size -5 must be at least 0"),
+        ({"positions": "contiguous"}, "cannot take tables of positions='exact'"),
+        (
+            {"plan": "c/h"},
+            "do not fit .*stage1_block1/conv2/kernel: nothing there, .* want",
+        ),
+        ({"depths": (1, 2)}, r"stage2_block3/bn1/bias: \(64,\) there, nothing wanted"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_an_override_that_needs_other_weights_is_refused(workdir, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        load_run(workdir, **overrides)
+
+
+def test_a_run_opens_as_a_backbone(workdir):
+    run = load_run(workdir, features_only=True, pad_to_blocks=True)
+    maps = jax.eval_shape(
+        lambda x: run.model.apply(run.variables, x, train=False), np.zeros((1, 50, 35, 3), "f")
+    )
+    assert [found.shape for found in maps] == [(1, 25, 18, 64), (1, 13, 9, 128)]
+    with pytest.raises(ValueError, match="no classes to predict"):
+        run.predict(np.zeros((1, 32, 32, 3), np.uint8))
 
 
 @pytest.mark.parametrize(("size", "padding"), [(48, False), (40, True)])
@@ -152,6 +183,10 @@ def test_a_model_is_evaluated_at_another_size(workdir, tmp_path, size, padding):
     result = evaluate.evaluate_checkpoint(config, tmp_path, checkpoint=str(workdir))
     assert result["count"] == 1000
     config.model.pad_to_blocks = False
+    config.model.positions = "contiguous"
+    with pytest.raises(ConfigError, match="mode=evaluate: positions='contiguous' cannot take"):
+        evaluate.evaluate_checkpoint(config, tmp_path, checkpoint=str(workdir))
+    config.model.positions = ""
     if padding:
         with pytest.raises(ConfigError, match="image_size=40: .*; with pad_to_blocks any size"):
             evaluate.evaluate_checkpoint(config, tmp_path, checkpoint=str(workdir))
@@ -171,7 +206,7 @@ def test_wrong_settings_are_refused(workdir):
     ):
         with pytest.raises(ConfigError, match=message):
             evaluate.evaluate_checkpoint(small_config(**{key: value}), workdir)
-    with pytest.raises(ConfigError, match="--evaluate.step='newest' is not 'best'"):
+    with pytest.raises(ConfigError, match="--mode=evaluate: step='newest' is not 'best'"):
         evaluate.evaluate_checkpoint(CONFIG, workdir, step="newest")
 
 

@@ -58,7 +58,7 @@ def test_contiguous_tables_have_their_zero_elsewhere():
 
 
 def test_what_both_see_is_seen_alike():
-    """A model with halo 2 whose farthest keys are outside the image equals one with halo 1."""
+    """Halo 3 equals halo 1 where the image has nothing further out than halo 1 sees."""
     source = model_of(halo_size=1, border="mask", plan="h/c")
     target = model_of(halo_size=3, border="mask", plan="h/c")
     images = jax.random.normal(jax.random.key(0), (1, 8, 8, 3))  # one block of 4 after the stem
@@ -82,6 +82,12 @@ def test_tables_of_global_attention_stay_as_they_are():
         for path, table in tables_of(after).items()
     }
     assert sizes == {"stage1_block1": (9, 15), **{f"stage2_block{i}": (15, 15) for i in (2, 3)}}
+
+
+def test_tables_of_another_model_are_refused():
+    variables = numbered(model_of(halo_size=2))
+    with pytest.raises(ValueError, match="_table has 11 rows, not 9"):
+        resize_tables(variables, model_of(), model_of(halo_size=0))
 
 
 def test_other_conventions_are_refused():

@@ -35,7 +35,7 @@ class HaloAttention(nn.Module):
         heads).
       stride: 2 halves the map in each direction (odd sizes are rounded up).
       downsample: how a stride does so. "queries" keeps every second query, HaloNet's downsampling;
-        "pool" averages 2x2 outputs of all queries, as blocks of odd size need it.
+        "pool" averages squares of the outputs of all queries, as blocks of odd size need it.
       border, positions, scale_positions, pad_to_blocks, implementation: see
         `halonet.halo_attention`.
 
@@ -65,7 +65,7 @@ class HaloAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 f"]:
-        value_head_dim = self.value_head_dim or self.head_dim
+        value_head_dim = self.head_dim if self.value_head_dim is None else self.value_head_dim
         if self.out_features is not None and not self.out_projection:
             raise ValueError(
                 f"out_features={self.out_features} without a projection; leave one of them out"

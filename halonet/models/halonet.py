@@ -6,7 +6,11 @@ the choice made here is named beside the line that makes it.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -17,7 +21,7 @@ from halonet.models.attention import DOWNSAMPLES
 from halonet.models.block import ACTIVATIONS, BlockShape, BottleneckBlock, stage_plan
 from halonet.models.hybrids import CHANNEL_ATTENTIONS
 from halonet.models.layers import BatchNorm, Conv1x1, he_normal, matmul_precision
-from halonet.ops import BORDERS, POSITIONS
+from halonet.ops import BORDERS, IMPLEMENTATIONS, POSITIONS
 
 STEM_POOLS = ("none", "max", "max_zeros")
 SHORTCUTS = ("project", "matching")
@@ -107,11 +111,16 @@ class HaloNet(nn.Module):
 
     def stages(self) -> tuple[tuple[BlockShape, ...], ...]:
         """The blocks of each stage, in numbers."""
-        if not len(self.depths) == len(self.widths) == len(self.heads):
-            raise ValueError(
-                f"depths {self.depths}, widths {self.widths} and heads {self.heads} must have one "
-                "number a stage"
-            )
+        for name in ("depths", "widths", "heads", "stem_widths"):
+            numbers = getattr(self, name)
+            if not numbers or min(numbers) < 1:
+                raise ValueError(f"{name} {numbers} must be positive numbers")
+        for name in ("widths", "heads", "key_ratio", "out_ratio"):
+            numbers = getattr(self, name)
+            if isinstance(numbers, Sequence) and len(numbers) != len(self.depths):
+                raise ValueError(
+                    f"{name} {numbers} must have {len(self.depths)} numbers, one a stage"
+                )
         stages, in_width = [], self.stem_widths[-1]
         for stage, letters in enumerate(stage_plan(self.plan, self.depths)):
             blocks = []
@@ -132,7 +141,7 @@ class HaloNet(nn.Module):
         shortcut = "identity"
         if differs or (first and self.shortcut == "project"):
             shortcut = "none" if self.expand_ratio else "project"
-        return BlockShape(
+        block = BlockShape(
             kind=kind,
             in_width=in_width,
             width=width,
@@ -146,11 +155,21 @@ class HaloNet(nn.Module):
             stride=stride,
             shortcut=shortcut,
         )
+        if min(dataclasses.astuple(block)[1:-1]) < 1:
+            raise ValueError(f"a block of stage {stage + 1} would have no channels: {block}")
+        return block
+
+    @property
+    def stem_strides(self) -> tuple[int, ...]:
+        """Of the stem's convolutions: the first halves, and the last of several without a pool."""
+        last = len(self.stem_widths) - 1
+        ends = {0} if self.stem_pool != "none" else {0, last}
+        return tuple(2 if number in ends else 1 for number in range(last + 1))
 
     @property
     def stem_stride(self) -> int:
         """Pixels of the image per pixel of the map that enters the first stage."""
-        return 4 if self.stem_pool != "none" or len(self.stem_widths) > 1 else 2
+        return math.prod(self.stem_strides) * (1 if self.stem_pool == "none" else 2)
 
     @property
     def features(self) -> tuple[tuple[int, int], ...]:
@@ -173,9 +192,21 @@ class HaloNet(nn.Module):
 
     def check_image_size(self, height: int, width: int) -> None:
         """Raises ValueError unless every attention layer can take its map."""
-        unit, stride = self.size_unit, self.stem_stride
         for what, size in (("height", height), ("width", width)):
-            if size % unit or size <= 0:
+            if size < 1:
+                raise ValueError(f"image {what} {size} is not positive")
+        stride = self.stem_stride
+        for block in (block for blocks in self.stages() for block in blocks):
+            size = self.global_size * stride
+            if block.kind == "b" and (height, width) != (size, size):
+                raise ValueError(
+                    f"image size {height}x{width} does not fit the tables of global attention, "
+                    f"{self.global_size}x{self.global_size} at stride {stride}: {size}x{size} does"
+                )
+            stride *= block.stride
+        unit = self.size_unit
+        for what, size in (("height", height), ("width", width)):
+            if size % unit:
                 below, above = size // unit * unit, (size // unit + 1) * unit
                 nearest = f"{below} and {above}" if below > 0 else f"{above}"
                 raise ValueError(
@@ -183,14 +214,6 @@ class HaloNet(nn.Module):
                     f"stage (the last has stride {unit // self.block_size}); the nearest that "
                     f"work: {nearest}; with pad_to_blocks any size does"
                 )
-        for block in (block for blocks in self.stages() for block in blocks):
-            size = self.global_size * stride
-            if block.kind == "b" and (height, width) != (size, size):
-                raise ValueError(
-                    f"image size {height}x{width} does not fit the tables of global attention, "
-                    f"{self.global_size}x{self.global_size} at stride {stride}; {size}x{size} does"
-                )
-            stride *= block.stride
 
     def check_fields(self) -> None:
         """Raises ValueError where an attribute makes no sense or some do not fit together."""
@@ -202,19 +225,51 @@ class HaloNet(nn.Module):
             "channel_attention": CHANNEL_ATTENTIONS,
             "activation": tuple(ACTIVATIONS),
             "shortcut": SHORTCUTS,
+            "implementation": (None, *IMPLEMENTATIONS),
         }
         for name, known in choices.items():
             value = getattr(self, name)
             if value not in known:
-                raise ValueError(f"{name} {value!r} is unknown; there are: {', '.join(known)}")
-        kinds = {block.kind for blocks in self.stages() for block in blocks}
+                named = ", ".join(map(str, known))
+                raise ValueError(f"{name} {value!r} is unknown; there are: {named}")
+        least = {"halo_size": 0, "final_width": 0, "group_width": 0, "global_size": 0}
+        least |= dict.fromkeys(("num_classes", "block_size", "first_stride", "stem_kernel"), 1)
+        for name, number in least.items():
+            value = getattr(self, name)
+            if value < number:
+                raise ValueError(f"{name} {value} must be at least {number}")
+        if self.stem_kernel % 2 == 0:
+            raise ValueError(f"stem_kernel {self.stem_kernel} must be odd")
+        blocks = [block for blocks in self.stages() for block in blocks]
+        kinds = {block.kind for block in blocks}
+        for block in blocks:
+            self._check_block(block)
         if self.channel_attention != "none" and not kinds & set(self.channel_attention_in):
             raise ValueError(
                 f"channel_attention {self.channel_attention!r} is in no block: this model has none "
                 f"of the kinds {self.channel_attention_in!r}"
             )
-        if "b" in kinds and self.global_size < 1:
-            raise ValueError("global_size 0 with b blocks; it is the side of the map that they see")
+        if "b" in kinds and not self.global_size:
+            raise ValueError("b blocks need global_size, the side of the map that they see")
+
+    def _check_block(self, block: BlockShape) -> None:
+        subsampled = block.kind == "h" and self.downsample == "queries"
+        if subsampled and self.block_size % block.stride:
+            raise ValueError(
+                f"block_size {self.block_size} is odd, and queries are kept by twos; take an even "
+                "one, or downsample 'pool'"
+            )
+        group = self.group_width or 1
+        if block.kind == "c" and (block.width % group or block.value_width % group):
+            raise ValueError(
+                f"group_width {group} does not divide the {block.width} channels of a block"
+            )
+
+    def abstract_variables(self, height: int, width: int) -> dict[str, Any]:
+        """Shapes and dtypes of the variables, for images of a size that the model takes."""
+        images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
+        init = functools.partial(self.init, jax.random.key(0), train=False)
+        return jax.eval_shape(init, images)
 
     @nn.compact
     def __call__(
@@ -271,13 +326,12 @@ class HaloNet(nn.Module):
 
     def _stem(self, x: Float[Array, "n h w c"], *, train: bool) -> Float[Array, "n h2 w2 c2"]:
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        last = len(self.stem_widths)
-        for number, width in enumerate(self.stem_widths, start=1):
-            halves = number == 1 or (number == last and self.stem_pool == "none")
+        layers = zip(self.stem_widths, self.stem_strides, strict=True)
+        for number, (width, stride) in enumerate(layers, start=1):
             x = nn.Conv(
                 width,
                 (self.stem_kernel, self.stem_kernel),
-                strides=2 if halves else 1,
+                strides=stride,
                 padding=self.stem_kernel // 2,
                 use_bias=False,
                 kernel_init=he_normal,
@@ -295,6 +349,6 @@ class HaloNet(nn.Module):
         return nn.max_pool(x, (3, 3), strides=(2, 2), padding=around)
 
 
-def _of_stage(ratio: float | tuple[float, ...], stage: int) -> float:
+def _of_stage(ratio: float | Sequence[float], stage: int) -> float:
     """A field that is one number, or one a stage."""
-    return ratio[stage] if isinstance(ratio, tuple) else ratio
+    return ratio[stage] if isinstance(ratio, Sequence) else ratio

@@ -16,14 +16,16 @@ TABLES = ("row_table", "col_table")
 def resize_tables(variables: dict[str, Any], source: HaloNet, target: HaloNet) -> dict[str, Any]:
     """Fits the variables of `source` to `target`, which has another `block_size` or `halo_size`.
 
-    Rows stay with the offset in pixels that they stand for, so what both models see, both see
-    alike. Offsets that `source` had no row for take that of the nearest offset.
+    Rows stay with the offset that they stand for, in pixels (or, in contiguous tables of strided
+    layers, in neighbours), so what both models see, both see alike. Offsets that `source` had no
+    row for take that of the nearest offset.
 
     Returns:
       The variables, with relative tables of as many rows as `target` has.
 
     Raises:
-      ValueError: where the two models index positions differently.
+      ValueError: where the two models index positions differently, or the variables are not those
+        of `source`.
     """
     if source.positions != target.positions:
         raise ValueError(
@@ -41,6 +43,8 @@ def resize_tables(variables: dict[str, Any], source: HaloNet, target: HaloNet) -
         names = [key.key for key in path]
         # Global attention has tables of the whole map, which blocks and halos do not touch.
         halo = names[-1] in TABLES and any(kinds.get(name) == "h" for name in names)
+        if halo and len(leaf) != len(before):
+            raise ValueError(f"{'/'.join(names)} has {len(leaf)} rows, not {len(before)}")
         return leaf[rows] if halo else leaf
 
     return jax.tree_util.tree_map_with_path(fit, variables)
