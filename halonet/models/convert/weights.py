@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
@@ -235,9 +234,7 @@ def _shapes(model: HaloNet) -> dict[str, tuple[int, ...]]:
     """Path of each of our arrays -> its shape."""
     # Global attention, in the last stage, knows one size only.
     size = model.global_size * model.features[-1][0] or model.size_unit
-    images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-    variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
-    flat = traverse_util.flatten_dict(variables, sep="/")
+    flat = traverse_util.flatten_dict(model.abstract_variables(size, size), sep="/")
     return {path: leaf.shape for path, leaf in flat.items()}
 
 
