@@ -11,7 +11,6 @@ import collections
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 
 from halonet.models.block import BlockShape
 from halonet.models.halonet import HaloNet
@@ -109,12 +108,8 @@ def parameters(model: HaloNet, height: int, width: int) -> dict[str, int]:
     """Returns the trainable parameters of each part, by name; nothing is computed for it."""
     # Which implementation makes no difference to the parameters, but this one is traced fast.
     model = model.clone(implementation="xla_shift")
-    images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
-    shapes = jax.eval_shape(
-        lambda x: model.init(jax.random.key(0), x, train=False)["params"], images
-    )
     counts = collections.Counter()
-    for name, tree in shapes.items():
+    for name, tree in model.abstract_variables(height, width)["params"].items():
         part = name.split("_")[0]  # stem_conv1, stage1_block1, final_conv
         part = "head" if part == "final" else part
         counts[part] += sum(leaf.size for leaf in jax.tree.leaves(tree))
@@ -128,10 +123,9 @@ def strided(height: int, width: int, stride: int) -> tuple[int, int]:
 
 def _stem(model: HaloNet, height: int, width: int) -> tuple[MultiplyAdds, int, int]:
     """Returns the cost of the stem and the size of the map that it makes."""
-    spent, channels, last = 0, 3, len(model.stem_widths)
-    for number, features in enumerate(model.stem_widths, start=1):
-        halves = number == 1 or (number == last and model.stem_pool == "none")
-        height, width = strided(height, width, 2 if halves else 1)
+    spent, channels = 0, 3
+    for features, stride in zip(model.stem_widths, model.stem_strides, strict=True):
+        height, width = strided(height, width, stride)
         spent += height * width * model.stem_kernel**2 * channels * features
         channels = features
     if model.stem_pool != "none":
