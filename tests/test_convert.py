@@ -568,12 +568,12 @@ def test_keys_cannot_write_on_the_terminal(run, tmp_path):
 def test_a_flag_that_does_not_exist(capsys):
     try:
         with pytest.raises(SystemExit) as end:
-            command.parse_flags(["convert", "timm", "a.pth", "--modle=halonet26t"])
+            command.parse_flags(["convert", "timm", "a.pth", "--clases=names"])
     finally:
         flags.FLAGS.unparse_flags()
         flags.FLAGS.set_gnu_getopt(False)
     assert end.value.code == 2
-    line = "error: Unknown command line flag 'modle'. Did you mean: model ?\n"
+    line = "error: Unknown command line flag 'clases'. Did you mean: classes ?\n"
     assert capsys.readouterr().err == line
 
 
