@@ -160,8 +160,6 @@ def check_values(config: ConfigDict) -> None:
             raise ConfigError(f"config.{key}={flat[key]} must have three numbers, one a channel")
     if min(flat["data.std"]) <= 0:
         raise ConfigError(f"config.data.std={flat['data.std']} must be above 0")
-    if not (flat["train.steps"] or flat["train.epochs"]):
-        raise ConfigError("config.train.steps and config.train.epochs are both 0; set one of them")
     choices = {"optim.name": optim.OPTIMIZERS, "model.dtype": ("float32", "bfloat16")}
     for key, known in choices.items():
         if flat[key] not in known:
@@ -169,7 +167,7 @@ def check_values(config: ConfigDict) -> None:
 
 
 def validate(config: ConfigDict, *, num_classes: int) -> HaloNet:
-    """Checks how the keys fit together and to the devices, and builds the model.
+    """Checks all that training needs, how the keys fit to the devices too, and builds the model.
 
     Args:
       num_classes: of the data set.
@@ -178,6 +176,8 @@ def validate(config: ConfigDict, *, num_classes: int) -> HaloNet:
       ConfigError: naming the key, its value and what would do.
     """
     check_values(config)
+    if not (config.train.steps or config.train.epochs):
+        raise ConfigError("config.train.steps and config.train.epochs are both 0; set one of them")
     try:
         model = build_model(config, num_classes=num_classes)
         model.check_fields()
