@@ -20,8 +20,12 @@ def random_variables(model, size):
     rng = np.random.default_rng(0)
 
     def fill(path, leaf):
-        scale = 1.0 if path[-1].key in ("scale", "var") else 0.05
-        return jnp.asarray(scale * np.abs(rng.normal(size=leaf.shape)), leaf.dtype)
+        if path[-1].key in ("scale", "var"):
+            values = np.abs(rng.normal(size=leaf.shape))
+        else:
+            # Kernels that keep the size of what they multiply, however deep the network.
+            values = rng.normal(size=leaf.shape) * np.prod(leaf.shape[:-1]) ** -0.5
+        return jnp.asarray(values, leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(fill, shapes)
 
