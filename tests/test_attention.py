@@ -1,5 +1,7 @@
 """The attention layer: shapes, projections, and that it is the op it says it is."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,18 @@ import halonet
 
 def initialised(layer, shape=(2, 8, 16, 6)):
     x = jax.random.normal(jax.random.key(0), shape)
-    return x, layer.init(jax.random.key(1), x)
+    return x, jax.jit(layer.init)(jax.random.key(1), x)
+
+
+def apply(layer, variables, x):
+    """The output, compiled as a whole: op by op takes longer."""
+    return jax.jit(layer.apply)(variables, x)
+
+
+def output(layer, shape=(2, 8, 16, 6)):
+    """Shape and dtype of the output for float32 inputs; nothing is computed."""
+    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return jax.eval_shape(lambda x: layer.init_with_output(jax.random.key(0), x)[0], x)
 
 
 @pytest.mark.parametrize(
@@ -28,8 +41,7 @@ def test_output_shape(options, channels, stride):
     layer = halonet.HaloAttention(
         block_size=4, halo_size=2, heads=3, head_dim=4, stride=stride, **options
     )
-    x, variables = initialised(layer)
-    assert layer.apply(variables, x).shape == (2, 8 // stride, 16 // stride, channels)
+    assert output(layer).shape == (2, 8 // stride, 16 // stride, channels)
 
 
 def test_it_is_the_op_between_its_projections():
@@ -42,21 +54,24 @@ def test_it_is_the_op_between_its_projections():
     def project(name, x, width):
         return (x @ p[name]["kernel"]).reshape(*x.shape[:3], 2, width)
 
-    expected = halonet.halo_attention(
-        project("query", x[:, ::2, ::2], 3),
-        project("key", x, 3),
-        project("value", x, 5),
-        p["row_table"],
-        p["col_table"],
+    op = functools.partial(
+        halonet.halo_attention,
         block=4,
         halo=1,
         stride=2,
         border="mask",
         implementation="reference",
     )
+    expected = jax.jit(op)(
+        project("query", x[:, ::2, ::2], 3),
+        project("key", x, 3),
+        project("value", x, 5),
+        p["row_table"],
+        p["col_table"],
+    )
     expected = expected.reshape(2, 4, 8, 10) @ p["out"]["kernel"]
     expected += p["out"]["bias"].reshape(1, 1, 1, -1)
-    np.testing.assert_allclose(layer.apply(variables, x), expected, atol=1e-5)
+    np.testing.assert_allclose(apply(layer, variables, x), expected, atol=1e-5)
 
 
 def layer_of(**options):
@@ -65,17 +80,16 @@ def layer_of(**options):
 
 def test_pooling_averages_what_every_query_found():
     x, variables = initialised(layer_of(out_projection=False))
-    every = layer_of(out_projection=False).apply(variables, x)
-    pooled = layer_of(out_projection=False, stride=2, downsample="pool").apply(variables, x)
+    every = apply(layer_of(out_projection=False), variables, x)
+    pooled = apply(layer_of(out_projection=False, stride=2, downsample="pool"), variables, x)
     expected = every.reshape(2, 4, 2, 8, 2, 6).mean((2, 4))
     np.testing.assert_allclose(pooled, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("downsample", ["queries", "pool"])
 def test_any_size_with_padding(downsample):
-    x, variables = initialised(layer_of(pad_to_blocks=True), (1, 7, 13, 6))
     layer = layer_of(stride=2, downsample=downsample, pad_to_blocks=True, border="mask")
-    assert layer.apply(variables, x).shape == (1, 4, 7, 6)
+    assert output(layer, (1, 7, 13, 6)).shape == (1, 4, 7, 6)
 
 
 def test_an_unknown_way_of_downsampling_is_refused():
@@ -102,8 +116,8 @@ def test_bfloat16_computes_in_bfloat16_with_float32_parameters():
     layer = halonet.HaloAttention(
         block_size=4, halo_size=2, heads=2, head_dim=8, dtype=jnp.bfloat16
     )
-    x, variables = initialised(layer)
-    assert layer.apply(variables, x).dtype == jnp.bfloat16
+    _, variables = initialised(layer)
+    assert output(layer).dtype == jnp.bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {np.dtype(np.float32)}
 
 

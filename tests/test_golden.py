@@ -33,7 +33,13 @@ def image(name):
     return uniform("images", (1, size, size, 3), -2.0, 2.0)
 
 
-@pytest.mark.parametrize("name", NAMES)
+# One of each kind of block here, the others in CI: a model takes seconds to compile.
+FIRST = ("halonet26t", "haloregnetz_b", "lamhalobotnet50ts_256", "eca_halonext26ts")
+
+
+@pytest.mark.parametrize(
+    "name", [*FIRST, *(pytest.param(n, marks=pytest.mark.middle) for n in NAMES if n not in FIRST)]
+)
 def test_logits_are_timms(name):
     model, variables = model_and_variables(name, jnp.float32)
     # Optimised little: the time goes into the compiler.

@@ -42,7 +42,7 @@ def test_squeeze_and_excitation():
     inner = np.maximum(means @ p["reduce"]["kernel"] + p["reduce"]["bias"], 0)
     gate = sigmoid(inner @ p["expand"]["kernel"] + p["expand"]["bias"])
     expected = np.asarray(x) * gate[:, None, None, :]
-    np.testing.assert_allclose(layer.apply(variables, x), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(jax.jit(layer.apply)(variables, x), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_efficient_channel_attention(channels, size):
             if 0 <= neighbour < channels:
                 gate[:, channel] += kernel[i] * means[:, neighbour]
     expected = np.asarray(x) * sigmoid(gate)[:, None, None, :]
-    np.testing.assert_allclose(layer.apply(variables, x), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(jax.jit(layer.apply)(variables, x), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_lambda_is_made_of_content_and_of_places():
@@ -94,5 +94,5 @@ def test_a_lambda_is_made_of_content_and_of_places():
             if 0 <= y < height and 0 <= z < width:
                 place = place + np.outer(p["position_kernel"][i, j], v[image_, y, z])
         expected[image_, row, col] = (q[image_, row, col] @ (content + place)).ravel()
-    found = layer.apply(variables, x, train=False)
+    found = jax.jit(lambda v: layer.apply(v, x, train=False))(variables)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)

@@ -104,6 +104,7 @@ def test_the_step_has_one_all_reduce_and_nothing_else():
     assert parameters <= reduced <= parameters + statistics + 3
 
 
+@pytest.mark.middle
 def test_global_statistics_would_cost_more():
     """The same reader on a step that does communicate: it can see what it must not find."""
     mesh = sharding.make_mesh()
@@ -126,7 +127,7 @@ def one_device():
     return losses(jax.sharding.Mesh(devices, ("data", "fsdp")))
 
 
-@pytest.mark.parametrize("fsdp", [1, 4])
+@pytest.mark.parametrize("fsdp", [1, pytest.param(4, marks=pytest.mark.middle)])
 def test_eight_devices_train_as_one(fsdp, one_device):
     np.testing.assert_allclose(losses(sharding.make_mesh(fsdp=fsdp)), one_device, rtol=1e-5)
 

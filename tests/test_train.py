@@ -164,6 +164,7 @@ def test_another_configuration_is_refused(undisturbed):
         train.train_and_evaluate(small_config(**{"optim.learning_rate": 0.5}), undisturbed[0])
 
 
+@pytest.mark.middle
 def test_other_data_is_refused(tmp_path, monkeypatch):
     config = small_config(**{"train.steps": 4, "checkpoint.every_steps": 2})
     workdir = tmp_path / "run"
