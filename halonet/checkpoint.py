@@ -178,13 +178,9 @@ def restore_arrays(folder: epath.PathLike, target: dict[str, Any]) -> dict[str, 
     path = _absolute(folder) / "state"
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            stored = _describe(ocp.PyTreeCheckpointHandler().metadata(path).tree)
-            wanted = _describe(target)
-            differing = [
-                f"{name}: {stored.get(name, 'nothing')} there, {wanted.get(name, 'nothing')} wanted"
-                for name in sorted(stored.keys() | wanted.keys())
-                if name.split("/")[0] in target and stored.get(name) != wanted.get(name)
-            ]
+            stored = ocp.PyTreeCheckpointHandler().metadata(path).tree
+            stored = {name: tree for name, tree in stored.items() if name in target}
+            differing = differences(stored, target)
             if differing:
                 raise CheckpointError(
                     f"cannot restore {folder}: it is of another model: {'; '.join(differing)}"
@@ -204,6 +200,16 @@ def restore_arrays(folder: epath.PathLike, target: dict[str, Any]) -> dict[str, 
             f"cannot restore {folder}, it is damaged: {_line(error)}; without that folder the run "
             "goes on from the checkpoint before"
         ) from error
+
+
+def differences(there: Any, wanted: Any) -> list[str]:
+    """One text for each array in which two trees differ: in path, dtype or shape."""
+    there, wanted = _describe(there), _describe(wanted)
+    return [
+        f"{name}: {there.get(name, 'nothing')} there, {wanted.get(name, 'nothing')} wanted"
+        for name in sorted(there.keys() | wanted.keys())
+        if there.get(name) != wanted.get(name)
+    ]
 
 
 def _describe(tree: Any) -> dict[str, str]:

@@ -147,19 +147,9 @@ def _check_fit(variables: dict[str, Any], model: HaloNet, size: int) -> None:
     """Raises ValueError unless `variables` are those of `model`; maps alone leave some unused."""
     # Padded, a model takes every size, and no variable depends on either.
     needed = model.clone(pad_to_blocks=True).abstract_variables(size, size)
-    found, wanted = (
-        {
-            jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
-            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-        }
-        for tree in (variables, needed)
-    )
-    keys = wanted.keys() if model.features_only else wanted.keys() | found.keys()
-    differing = [
-        f"{key}: {found.get(key, 'nothing')} there, {wanted.get(key, 'nothing')} wanted"
-        for key in sorted(keys)
-        if found.get(key) != wanted.get(key)
-    ]
+    differing = checkpoint.differences(variables, needed)
+    if model.features_only:
+        differing = [text for text in differing if not text.endswith("nothing wanted")]
     if differing:
         raise ValueError(f"the weights do not fit that model: {'; '.join(differing)}")
 
