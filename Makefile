@@ -9,7 +9,7 @@ ARGS ?=
 # Tests are spread over the cores, but not over more processes than memory likes.
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$(( n > 8 ? 8 : n )))
 
-.PHONY: help install demo test middle long parity lint lock
+.PHONY: help install demo test middle long parity bench lint lock
 
 help:
 	@echo "make demo    train halonet_tiny on 4,000 digits and show what came of it (runs/demo)"
@@ -17,6 +17,7 @@ help:
 	@echo "make middle  the longer tests that CI adds"
 	@echo "make long    the exhaustive ones; records their results in tests/records/"
 	@echo "make parity  compares with timm, lucidrains and MindCV, installed apart (6 GB)"
+	@echo "make bench   how fast, beside timm, lucidrains and kecam; writes docs/bench_peers_cpu.*"
 	@echo "make lint    ruff, format and lint"
 	@echo "make lock    resolve requirements.txt anew (needs uv)"
 	@echo "PYTHON=python3.12 chooses the interpreter."
@@ -41,8 +42,9 @@ $(VENV)/installed: requirements.lock
 	$(call environment,$(VENV))
 	@touch $@
 
-# The peers. pip in any case, as it prefers PyTorch's CPU build and goes on where its index is shut.
-PEERS := $(VENV)-parity
+# The peers, for parity and benchmarks. pip in any case, as it prefers PyTorch's CPU build and goes
+# on where its index is shut.
+PEERS := $(VENV)-peers
 MINDCV := $(VENV)-mindcv
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --retries 1
 
@@ -73,6 +75,10 @@ parity: $(PEERS)/installed $(MINDCV)/installed
 	@PYTHONPATH=tests $(MINDCV)/bin/python tests/parity/dump_mindcv.py .cache/parity
 	@PYTHONPATH=. $(PEERS)/bin/python -m pytest -q tests/parity \
 	  --record=tests/records/parity.json $(ARGS)
+
+# For times to keep, on a machine that does nothing else. ARGS=--quick shows in a minute that it runs.
+bench: $(PEERS)/installed
+	@PYTHONPATH=. $(PEERS)/bin/python -m experiments.bench_peers $(ARGS)
 
 lint: install
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check .
