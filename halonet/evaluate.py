@@ -58,15 +58,17 @@ def make_mesh(config: ConfigDict) -> jax.sharding.Mesh:
         raise ConfigError(f"config.{error}") from error
 
 
-def make_eval_step(model: HaloNet, config: ConfigDict) -> Callable:
+def make_eval_step(model: HaloNet, config: ConfigDict, mesh: jax.sharding.Mesh) -> Callable:
     """The compiled step: (variables, batch) -> sums over the batch."""
-    return jax.jit(functools.partial(steps.eval_step, **_apply_and_scale(model, config)))
+    step = sharding.seeing(mesh, steps.eval_step)
+    return jax.jit(functools.partial(step, **_apply_and_scale(model, config)))
 
 
 def make_predict_step(model: HaloNet, config: ConfigDict, mesh: jax.sharding.Mesh) -> Callable:
     """The compiled step: (variables, images) -> logits, on every device."""
+    step = sharding.seeing(mesh, steps.predict_step)
     return jax.jit(
-        functools.partial(steps.predict_step, **_apply_and_scale(model, config)),
+        functools.partial(step, **_apply_and_scale(model, config)),
         out_shardings=sharding.replicated(mesh),
     )
 
@@ -188,9 +190,8 @@ def evaluate_checkpoint(
         )
     check_image_size(run.model, config.data.image_size)
     # Normalised as the run was trained, whatever data it is scored on.
-    scores = evaluate(
-        make_eval_step(run.model, run.config), run.variables, eval_batches(config, source, mesh)
-    )
+    eval_step = make_eval_step(run.model, run.config, mesh)
+    scores = evaluate(eval_step, run.variables, eval_batches(config, source, mesh))
     low, high = wilson_interval(scores["top1"], scores["count"])
     result = {
         "checkpoint": str(run.workdir),

@@ -7,6 +7,8 @@ memory. The same code runs on one device or on a pod: only the mesh's shape diff
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -37,6 +39,21 @@ def make_mesh(*, data: int = 0, fsdp: int = 1) -> Mesh:
     return jax.make_mesh(
         (count // fsdp, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto)
     )
+
+
+def seeing(mesh: Mesh, function: Callable) -> Callable:
+    """`function` such that what it calls finds `mesh` in `jax.sharding.get_abstract_mesh()`.
+
+    Every function that is compiled for a mesh goes through here: XLA cannot split a kernel of ours,
+    which splits itself by `jax.shard_map` and has no other way to know the mesh.
+    """
+
+    @functools.wraps(function)
+    def traced(*args, **kwargs):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args, **kwargs)
+
+    return traced
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -95,7 +95,7 @@ def train_and_evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str,
         clip_norm=config.optim.clip_norm,
     )
     init = functools.partial(
-        steps.init_state,
+        sharding.seeing(mesh, steps.init_state),
         init_fn=model.init,
         tx=tx,
         image_size=config.data.image_size,
@@ -136,7 +136,7 @@ def train_and_evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str,
     closing.callback(batches.close)
     train_step = jax.jit(
         functools.partial(
-            steps.train_step,
+            sharding.seeing(mesh, steps.train_step),
             apply_fn=model.apply,
             tx=tx,
             learning_rate=schedule,
@@ -149,7 +149,7 @@ def train_and_evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str,
         in_shardings=(shardings, sharding.batch_sharding(mesh)),
         out_shardings=(shardings, sharding.replicated(mesh)),
     )
-    eval_step = evaluate_lib.make_eval_step(model, config)
+    eval_step = evaluate_lib.make_eval_step(model, config, mesh)
     profile = _profiler(workdir, start) if config.log.profile else None
     progress = runtime.Progress(
         total=total, start=start, images_per_step=config.data.batch_size, enabled=primary

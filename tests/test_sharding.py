@@ -24,6 +24,24 @@ def test_the_mesh_takes_all_devices():
     assert dict(sharding.make_mesh(data=4, fsdp=2).shape) == {"data": 4, "fsdp": 2}
 
 
+def test_what_is_compiled_for_a_mesh_finds_it():
+    mesh = sharding.make_mesh(fsdp=2)
+    axes = PartitionSpec(("data", "fsdp"))
+
+    def shares(x):
+        if jax.sharding.get_abstract_mesh().empty:
+            return x
+        # As a kernel splits itself: each device adds up what it has.
+        return jax.shard_map(lambda x: x * x.sum(), in_specs=axes, out_specs=axes)(x)
+
+    x = jax.device_put(jnp.ones(16), sharding.batch_sharding(mesh))
+    np.testing.assert_array_equal(jax.jit(shares)(x), 1)
+    np.testing.assert_array_equal(jax.jit(sharding.seeing(mesh, shares))(x), 2)
+    gradient = jax.jit(sharding.seeing(mesh, jax.grad(lambda x: shares(x).sum())))
+    np.testing.assert_array_equal(gradient(x), 4)
+    assert sharding.seeing(mesh, shares).__name__ == "shares"  # what logs and caches call it
+
+
 @pytest.mark.parametrize(("data", "fsdp"), [(3, 1), (8, 2), (0, 3), (0, 0)])
 def test_a_mesh_that_does_not_fit_is_refused(data, fsdp):
     message = rf"mesh.data={data} x mesh.fsdp={fsdp} does not fit 8 devices; .* \[1, 2, 4, 8\]"
@@ -62,7 +80,7 @@ def make_step(mesh, *, name="adamw", bn_group=2):
     state = jax.device_put(jax.jit(init)(key), shardings)
     step = jax.jit(
         functools.partial(
-            steps.train_step,
+            sharding.seeing(mesh, steps.train_step),
             apply_fn=model.apply,
             tx=tx,
             learning_rate=schedule,
