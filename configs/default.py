@@ -16,6 +16,8 @@ def get_config() -> ConfigDict:
     config.model.name = "halonet_h0"  # one of halonet.list_models()
     config.model.dtype = "float32"  # of the computation: float32 or bfloat16
     config.model.bn_group = 32  # examples per group of batch-norm statistics
+    # What the backward pass computes again instead of keeping it: less memory, a longer step.
+    config.model.remat = "none"  # none, attention or block (each residual block)
     # What differs from the named model; empty, 0 or -1: nothing does. See halonet.models.HaloNet.
     config.model.plan = ""  # c (convolution) or h (halo attention) a stage or a block: c/c/h/h
     config.model.block_size = 0  # pixels of each stage's map; 0: the named model's

@@ -22,7 +22,10 @@ from halonet.metrics import write_whole
 from halonet.models import HaloNet, create_model
 
 # What may change between the starts of one run: none of it changes what is computed.
-MAY_CHANGE = ("log.", "checkpoint.", "mesh.", "data.data_dir", "data.threads", "eval.batch_size")
+MAY_CHANGE = (
+    *("log.", "checkpoint.", "mesh.", "model.remat"),
+    *("data.data_dir", "data.threads", "eval.batch_size"),
+)
 
 # The values of config.model that leave a field as the named model has it.
 AS_NAMED = {

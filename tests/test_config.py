@@ -148,6 +148,10 @@ def test_zero_is_allowed(config, key):
             "config.model: border 'wrap' is unknown; there are: zeros, mask",
         ),
         (
+            {"model.remat": "all"},
+            "config.model: remat 'all' is unknown; there are: none, attention, block",
+        ),
+        (
             {"data.batch_size": 100},
             "config.data.batch_size=100 cannot be shared by 8 devices in groups of "
             "config.model.bn_group=4; the nearest that can: 96",
@@ -242,7 +246,7 @@ def test_another_config_is_refused(config, tmp_path):
 MAY_CHANGE = {
     *("data.data_dir", "data.threads", "eval.batch_size", "log.every_steps", "log.profile"),
     *("checkpoint.every_steps", "checkpoint.keep_latest", "checkpoint.keep_best"),
-    *("mesh.data", "mesh.fsdp"),
+    *("mesh.data", "mesh.fsdp", "model.remat"),
 }
 
 

@@ -1,6 +1,7 @@
 """HaloNet: forward passes at each model's own size, what it refuses, how it starts."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from halonet.models import VARIANTS, create_model, list_models
-from halonet.models.block import BlockShape, BottleneckBlock, stage_plan
+from halonet.models.block import REMATS, BlockShape, BottleneckBlock, stage_plan
 
 SMALL = ["halonet_h0", "halonet_h1", "halonet_h2", "halonet_h3", "halonet_tiny"]
 
@@ -168,12 +169,58 @@ def test_stages_are_of_the_kinds_of_the_plan():
         ({"block_size": 7}, "block_size 7 is odd, .* take an even one, or downsample 'pool'"),
         ({"plan": "c/h", "group_width": 5}, "group_width 5 does not divide the 32 channels"),
         ({"stem_kernel": 4}, "stem_kernel 4 must be odd"),
+        ({"remat": "all"}, "remat 'all' is unknown; there are: none, attention, block"),
         ({"implementation": "cuda"}, "implementation 'cuda' is unknown; there are: None, ref"),
     ],
 )
 def test_wrong_fields_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         create_model("halonet_tiny", **fields).check_fields()
+
+
+def loss_of(remat, images):
+    """The variables of a tiny model, and (params, batch_stats) -> its loss and new statistics."""
+    options = {"num_classes": 10, "bn_group": 2, "depths": (1, 1), "implementation": "xla_shift"}
+    model = create_model("halonet_tiny", remat=remat, **options)
+
+    def loss(params, batch_stats):
+        variables = {"params": params, "batch_stats": batch_stats}
+        logits, updates = model.apply(variables, images, train=True, mutable=["batch_stats"])
+        return (logits**2).mean(), updates["batch_stats"]
+
+    return random_variables(model, images.shape[1]), loss
+
+
+def test_remat_keeps_less_for_the_backward_pass():
+    images = jnp.zeros((4, 16, 16, 3))
+    kept = {}
+    for remat in REMATS:
+        variables, loss = loss_of(remat, images)
+        backward = jax.eval_shape(
+            lambda params, stats, f=loss: jax.vjp(f, params, stats, has_aux=True)[1],
+            *(variables["params"], variables["batch_stats"]),
+        )
+        kept[remat] = sum(leaf.size for leaf in jax.tree.leaves(backward))
+    # With the stem's own, which all of them keep.
+    assert kept["attention"] < 0.65 * kept["none"]
+    assert kept["block"] < 0.5 * kept["attention"]
+
+
+@pytest.mark.middle
+def test_remat_changes_no_result():
+    images = jax.random.normal(jax.random.key(0), (4, 16, 16, 3))
+    found = {}
+    for remat in REMATS:
+        variables, loss = loss_of(remat, images)
+        step = jax.jit(jax.value_and_grad(loss, has_aux=True))
+        found[remat] = step(variables["params"], variables["batch_stats"])
+    (_, stats), gradients = found["none"]
+    assert not jax.tree.all(jax.tree.map(np.array_equal, stats, variables["batch_stats"]))
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradients))
+    for remat in REMATS:
+        # One tree of parameters, and running statistics that were moved on once.
+        close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
+        jax.tree.map(close, found[remat], found["none"])
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -14,6 +14,17 @@ from halonet.models.layers import BatchNorm, Conv1x1, average_pool, he_normal, m
 
 KINDS = {"c": "convolution", "h": "halo attention", "b": "global attention", "l": "lambda layer"}
 ACTIVATIONS = {"relu": nn.relu, "silu": nn.silu}
+REMATS = ("none", "attention", "block")
+
+
+def call(layer: nn.Module, x: Array, *, remat: bool, **kwargs) -> Array:
+    """`layer(x, **kwargs)`; with `remat` only x is kept for the backward pass, which starts there.
+
+    Around a call, because `nn.remat` of a class would make a traced value of `train`.
+    """
+    if not remat:
+        return layer(x, **kwargs)
+    return nn.remat(lambda layer, x: layer(x, **kwargs))(layer, x)
 
 
 def stage_plan(plan: str, depths: tuple[int, ...]) -> tuple[str, ...]:
@@ -97,6 +108,7 @@ class BottleneckBlock(nn.Module):
     global_size: int
     implementation: str | None
     bn_group: int
+    remat: str
     dtype: jax.typing.DTypeLike
     param_dtype: jax.typing.DTypeLike
 
@@ -151,7 +163,7 @@ class BottleneckBlock(nn.Module):
             )
             return average_pool(y, shape.stride) if shape.stride > 1 else y
         everywhere = shape.kind == "b"
-        return HaloAttention(
+        attention = HaloAttention(
             block_size=self.global_size if everywhere else self.block_size,
             halo_size=0 if everywhere else self.halo_size,
             heads=shape.heads,
@@ -169,4 +181,5 @@ class BottleneckBlock(nn.Module):
             kernel_init=nn.initializers.normal(0.01),
             name="attention",
             **dtypes,
-        )(x)
+        )
+        return call(attention, x, remat=self.remat == "attention")

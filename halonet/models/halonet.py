@@ -18,7 +18,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from halonet.models.attention import DOWNSAMPLES
-from halonet.models.block import ACTIVATIONS, BlockShape, BottleneckBlock, stage_plan
+from halonet.models.block import (
+    ACTIVATIONS,
+    REMATS,
+    BlockShape,
+    BottleneckBlock,
+    call,
+    stage_plan,
+)
 from halonet.models.hybrids import CHANNEL_ATTENTIONS
 from halonet.models.layers import BatchNorm, Conv1x1, he_normal, matmul_precision
 from halonet.ops import BORDERS, IMPLEMENTATIONS, POSITIONS
@@ -68,6 +75,9 @@ class HaloNet(nn.Module):
         instead of logits, for detectors; see `features`.
       implementation: see `halonet.halo_attention`.
       bn_group: examples per group of batch-norm statistics, see `BatchNorm`.
+      remat: what the backward pass computes again instead of keeping it from the forward pass:
+        "none", "attention" (queries, keys, values and what comes of them) or "block" (whole
+        residual blocks: only their outputs are kept). The results are the same to rounding.
       dtype, param_dtype: of the computation and of the parameters.
 
     Raises:
@@ -106,6 +116,7 @@ class HaloNet(nn.Module):
     features_only: bool = False
     implementation: str | None = None
     bn_group: int = 0
+    remat: str = "none"
     dtype: jax.typing.DTypeLike = jnp.float32
     param_dtype: jax.typing.DTypeLike = jnp.float32
 
@@ -226,6 +237,7 @@ class HaloNet(nn.Module):
             "activation": tuple(ACTIVATIONS),
             "shortcut": SHORTCUTS,
             "implementation": (None, *IMPLEMENTATIONS),
+            "remat": REMATS,
         }
         for name, known in choices.items():
             value = getattr(self, name)
@@ -284,7 +296,7 @@ class HaloNet(nn.Module):
         maps = []
         for stage, blocks in enumerate(self.stages(), start=1):
             for number, shape in enumerate(blocks, start=1):
-                x = BottleneckBlock(
+                block = BottleneckBlock(
                     shape=shape,
                     block_size=self.block_size,
                     halo_size=self.halo_size,
@@ -302,9 +314,11 @@ class HaloNet(nn.Module):
                     global_size=self.global_size,
                     implementation=self.implementation,
                     bn_group=self.bn_group,
+                    remat=self.remat,
                     name=f"stage{stage}_block{number}",
                     **dtypes,
-                )(x, train=train)
+                )
+                x = call(block, x, remat=self.remat == "block", train=train)
             maps.append(x)
         if self.features_only:
             return tuple(maps)
