@@ -80,6 +80,13 @@ TABLE = {
         "absl jax matplotlib ml_collections numpy pandas PIL sklearn submitit",
         "",
     ),
+    # The benchmark against the peers; they are of an environment of their own.
+    "experiments.bench_peers": ("experiments halonet", "jax matplotlib", "torch"),
+    "experiments.contestants": (
+        "halonet",
+        "jax numpy",
+        "halonet_pytorch keras_cv_attention_models timm torch torchvision",
+    ),
 }
 # Below these, functions take plain keyword arguments.
 KNOW_THE_CONFIG = {
