@@ -152,8 +152,8 @@ def compile_for(
         compiled = jitted.lower(*jax.tree.map(placed, arguments)).compile()
     hlo = compiled.as_text()
     kernels = _kernels(hlo)
-    operations = tuple(_operations(hlo, kernels))
-    program = Program(compiled, chip_of(topology_name), operations, kernels)
+    found = tuple(operations(hlo, kernels))
+    program = Program(compiled, chip_of(topology_name), found, kernels)
     _empty_dump()
     return program
 
@@ -264,7 +264,7 @@ def _computations(hlo: str) -> tuple[str, dict[str, list[str]]]:
     return entry, computations
 
 
-def _operations(hlo: str, kernels: dict[str, int]) -> Iterator[Operation]:
+def operations(hlo: str, kernels: dict[str, int]) -> Iterator[Operation]:
     """The instructions that run, those of loops with their number of trips."""
     entry, computations = _computations(hlo)
 
