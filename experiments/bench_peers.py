@@ -32,8 +32,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from experiments import contestants
-from experiments.contestants import IMAGE_SIZE, Layer, Settings
-from halonet.ops import IMPLEMENTATIONS
+from experiments.contestants import BASE, IMAGE_SIZE, OURS, Layer, Settings, is_ours, is_peer
 
 WHAT = ("op", "models")
 DEVICES = ("cpu", "cuda")
@@ -49,7 +48,6 @@ PACKAGES = ("torch", "timm", "keras_cv_attention_models", "halonet_pytorch")
 VERSIONS = ("jax", "jaxlib", "flax", "torch", "timm", "keras-cv-attention-models")
 VERSIONS = (*VERSIONS, "halonet-pytorch", "numpy")
 
-OURS, BASE = "ours", "timm"  # the contestants that ratios are of and to
 TURN = 0.1  # seconds
 NOTES = (
     "Everything runs in one process, one contestant at a time, each with all cores: PyTorch's "
@@ -135,59 +133,13 @@ def plan(args):
     for what in args.what:
         cases = list(LAYERS) if what == "op" else list(args.models)
         for case in cases[:1] if args.quick else cases:
-            makers = layer_makers if what == "op" else model_makers
-            comparisons += [(what, case, task, makers(case, task, args)) for task in TASKS[what]]
+            for task in TASKS[what]:
+                if what == "op":
+                    makers = contestants.of_layer(LAYERS[case], task, args.device, args.compile)
+                else:
+                    makers = contestants.of_model(case, task, args.compile)
+                comparisons.append((what, case, task, makers))
     return comparisons
-
-
-def _timm_forms(args):
-    """PyTorch's ways to run the same: by name, the options of contestants.timm_*."""
-    forms = {"timm": {}, "timm, channels_last": {"channels_last": True}}
-    if args.compile:
-        forms["timm, compiled"] = {"compiled": True}
-        forms["timm, compiled, channels_last"] = {"compiled": True, "channels_last": True}
-    return forms
-
-
-def layer_makers(case, task, args):
-    """Who competes in a layer, by name."""
-    layer, ours = LAYERS[case], {OURS: None}
-    pallas = "pallas_gpu" if args.device == "cuda" else None
-    for name in IMPLEMENTATIONS:
-        if name.startswith("xla_") or name == pallas:
-            ours[f"{OURS}, {name}"] = name
-    makers = {
-        name: lambda settings, it=it: contestants.our_layer(layer, task, settings, it)
-        for name, it in ours.items()
-    }
-    makers["gather form in JAX"] = lambda s: contestants.gather_layer(layer, task, s)
-    for name, form in _timm_forms(args).items():
-        makers[name] = lambda s, form=form: contestants.timm_layer(layer, task, s, **form)
-    makers["kecam"] = lambda s: contestants.kecam_layer(layer, task, s)
-    if layer.stride == 1:
-        makers["lucidrains"] = lambda s: contestants.lucidrains_layer(layer, task, s)
-    return makers
-
-
-def model_makers(case, task, args):
-    """Who competes in a model, by name."""
-    makers = {OURS: lambda settings: contestants.our_model(case, task, settings)}
-    if case == "halonet_h1":
-        makers["ours, timm's H1"] = lambda s: contestants.our_model("timm_halonet_h1", task, s)
-    for name, form in _timm_forms(args).items():
-        makers[name] = lambda s, form=form: contestants.timm_model(case, task, s, **form)
-    if case == "halonet_h1":
-        makers["kecam"] = lambda s: contestants.kecam_model(task, s)
-    return makers
-
-
-def is_ours(contestant):
-    return contestant.split(",")[0] == OURS
-
-
-def is_peer(contestant):
-    """Whether it is another library; the gather form in JAX is neither."""
-    return contestant.split(",")[0] in (BASE, "kecam", "lucidrains")
 
 
 def alternate(runs, rounds, clock=time.perf_counter, turn=TURN):

@@ -23,9 +23,12 @@ import numpy as np
 
 from halonet import optim, steps
 from halonet.models import HaloAttention, create_model
+from halonet.ops import IMPLEMENTATIONS
 
 IMAGE_SIZE, CLASSES = 256, 1000
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# The contestants that ratios are of and to, and ours of timm's conventions for H1.
+OURS, BASE, OURS_AS_TIMM = "ours", "timm", "ours, timm's H1"
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 1e-3, 0.9, 1e-4
 
 
@@ -236,11 +239,25 @@ class TorchProgram:
             self.run()
             return None, torch.cuda.max_memory_allocated() - at_rest
         activities = [torch.profiler.ProfilerActivity.CPU]
-        with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        profile = torch.profiler.profile(activities=activities, profile_memory=True)
+        with _silence(), profile:
             self.run()
         events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
         changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
         return None, int(np.cumsum([0, *changes]).max())
+
+
+@contextlib.contextmanager
+def _silence():
+    """Nothing on standard error, where PyTorch's profiler tells of itself from C++."""
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _torch_program(module, shape, task, settings, *, channels_last=False, compiled=False):
@@ -387,3 +404,56 @@ def kecam_model(task, settings):
             pretrained=None,
         )
     return _torch_program(module, (settings.batch, *shape), task, settings)
+
+
+# Who competes, by name: functions of Settings that build a program --------------------------------
+
+
+def of_layer(layer, task, device, compiled):
+    """Those of an attention layer: ours in every form of this device, and the peers."""
+    implementations = {OURS: None}
+    for name in IMPLEMENTATIONS:
+        if name.startswith("xla_") or (name == "pallas_gpu" and device == "cuda"):
+            implementations[f"{OURS}, {name}"] = name
+    makers = {
+        name: functools.partial(our_layer, layer, task, implementation=implementation)
+        for name, implementation in implementations.items()
+    }
+    makers["gather form in JAX"] = functools.partial(gather_layer, layer, task)
+    for name, form in _timm_forms(compiled).items():
+        makers[name] = functools.partial(timm_layer, layer, task, **form)
+    makers["kecam"] = functools.partial(kecam_layer, layer, task)
+    if layer.stride == 1:
+        makers["lucidrains"] = functools.partial(lucidrains_layer, layer, task)
+    return makers
+
+
+def of_model(model, task, compiled):
+    """Those of a model."""
+    makers = {OURS: functools.partial(our_model, model, task)}
+    if model == "halonet_h1":
+        makers[OURS_AS_TIMM] = functools.partial(our_model, "timm_halonet_h1", task)
+    for name, form in _timm_forms(compiled).items():
+        makers[name] = functools.partial(timm_model, model, task, **form)
+    if model == "halonet_h1":
+        makers["kecam"] = functools.partial(kecam_model, task)
+    return makers
+
+
+def _timm_forms(compiled):
+    """The ways in which PyTorch runs the same, by name, as options of timm_layer and timm_model."""
+    forms = {BASE: {}, f"{BASE}, channels_last": {"channels_last": True}}
+    if compiled:
+        forms[f"{BASE}, compiled"] = {"compiled": True}
+        forms[f"{BASE}, compiled, channels_last"] = {"compiled": True, "channels_last": True}
+    return forms
+
+
+def is_ours(contestant):
+    """Whether it is this library."""
+    return contestant.split(",")[0] == OURS
+
+
+def is_peer(contestant):
+    """Whether it is another library; the gather form in JAX is neither."""
+    return contestant.split(",")[0] in (BASE, "kecam", "lucidrains")

@@ -8,7 +8,7 @@ import statistics
 
 import pytest
 
-from experiments import bench_peers
+from experiments import bench_peers, contestants
 from halonet.models import VARIANTS, create_model
 from halonet.ops import IMPLEMENTATIONS
 
@@ -162,7 +162,7 @@ def made_up(arguments):
     for what, case, task, makers in bench_peers.plan(args):
         columns = {}
         for place, name in enumerate(makers, start=1):
-            model = "timm_halonet_h1" if name == "ours, timm's H1" else case
+            model = "timm_halonet_h1" if name == contestants.OURS_AS_TIMM else case
             columns[name] = {
                 "what": what,
                 "case": case,
@@ -205,8 +205,9 @@ def misfits(record):
             found.append(f"columns of {case}, {task}, {name}")
         if result["ms"] != round(statistics.median(result["samples_ms"]), 3):
             found.append(f"median of {case}, {task}, {name}")
-        model = VARIANTS.get("timm_halonet_h1" if name == "ours, timm's H1" else case)
-        expected = model and bench_peers.is_ours(name)
+        # Layers are no models.
+        model = VARIANTS.get("timm_halonet_h1" if name == contestants.OURS_AS_TIMM else case)
+        expected = model and contestants.is_ours(name)
         if expected and result["parameters"] != model.params:
             found.append(f"parameters of {case}, {task}, {name}")
     if list(measured) != list(planned):
