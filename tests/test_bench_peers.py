@@ -230,6 +230,13 @@ def test_the_record_fits_the_script(path):
     assert path.with_suffix(".png").exists()
 
 
+@pytest.mark.parametrize("path", [path for path in RECORDS if path.stem.endswith("_cpu")])
+def test_the_readme_has_the_table_of_the_record(path):
+    _, rest = (ROOT / "README.md").read_text().split("<!-- bench -->\n")
+    table, _ = rest.split("\n<!-- end of bench -->")
+    assert table == bench_peers.markdown(json.loads(path.read_text()))
+
+
 def test_records_that_do_not_fit_are_found():
     right = made_up([])
     assert misfits(right) == []

@@ -3,20 +3,11 @@
 import numpy as np
 import torch
 
+from experiments.contestants import import_timm
 from halonet.models import VARIANTS
 from tests.random_arrays import random_arrays, uniform
 
-try:
-    import torchvision  # noqa: F401 (timm imports it)
-except RuntimeError:
-    # A torchvision built for CUDA finds no such operators in a CPU build of torch; nothing that
-    # is compared here calls them.
-    library = torch.library.Library("torchvision", "DEF")
-    for operator in ("nms", "qnms"):
-        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
-import timm
-
+timm = import_timm()
 NAMES = sorted(name for name, variant in VARIANTS.items() if variant.origin == "timm")
 
 
