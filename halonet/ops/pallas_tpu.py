@@ -32,13 +32,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from halonet.ops.geometry import Spec
 
 LANES, SUBLANES = 128, 8  # of a register
 # Weighs nothing in a softmax, and the sum of two is finite.
 NOTHING = -1e30
+UNITS_AT_ONCE = 8  # that the scheduler is given; see the end of the text above
 VMEM_LIMIT = 100 * 2**20  # bytes; the compiler's own limit of 16 MiB is too small for H5 to H7
 
 
@@ -90,22 +91,22 @@ def _attend(spec, q, k, v, row_table, col_table):
 
 
 def _attend_forward(spec, q, k, v, row_table, col_table):
-    arguments = (q, k, v, row_table, col_table)
     layout = Layout.of(spec, k, v)
-    out, sums = _on_tpu_or_interpreted(_call_forward, layout, *_to_blocks(layout, *arguments))
-    return out.reshape(*q.shape[:-1], v.shape[-1]), (*arguments, sums)
+    arguments = (q, k, v, row_table, col_table)
+    blocks, sums = _on_tpu_or_interpreted(_call_forward, layout, *_to_blocks(layout, *arguments))
+    return _join_queries(layout, blocks, v.shape[-1]), (*arguments, sums)
 
 
 def _attend_backward(spec, residuals, d_out):
-    *arguments, sums = residuals
-    layout = Layout.of(spec, *arguments[1:3])
-    d_out = d_out.reshape(layout.block_shape(d_out, spec.side))
-    blocks = _to_blocks(layout, *arguments)
-    *gradients, d_tables = _on_tpu_or_interpreted(_call_backward, layout, *blocks, d_out, sums)
-    gradients = [x.reshape(like.shape) for x, like in zip(gradients, arguments[:3], strict=True)]
-    table = arguments[3]
-    d_tables = d_tables.reshape(-1, 2, layout.offsets, layout.heads, layout.d_k).sum((0, 3))
-    return (*gradients, *d_tables[:, : table.shape[0]].astype(table.dtype))
+    q, k, v, row_table, col_table, sums = residuals
+    layout = Layout.of(spec, k, v)
+    inputs = (*_to_blocks(layout, q, k, v, row_table, col_table), _cut_queries(layout, d_out))
+    dq, d_kv, d_tables = _on_tpu_or_interpreted(_call_backward, layout, *inputs, sums)
+    dk, dv = jnp.split(d_kv.reshape(*k.shape[:3], -1), [layout.c_k], -1)
+    d_tables = d_tables.sum(0)[:, : layout.c_k].reshape(2, layout.offsets, layout.heads, -1)
+    d_tables = d_tables.sum(2)[:, : row_table.shape[0]].astype(row_table.dtype)
+    dq = _join_queries(layout, dq, layout.d_k)
+    return dq, dk.reshape(k.shape), dv.reshape(v.shape), *d_tables
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -128,6 +129,15 @@ class Layout:
         _, height, width, heads, d_k = k.shape
         rows, cols = height // spec.block, width // spec.block
         return cls(spec, rows, cols, heads, d_k, v.shape[-1], k.dtype)
+
+    @property
+    def c_k(self) -> int:
+        """Channels of the keys; those of the values follow."""
+        return self.heads * self.d_k
+
+    @property
+    def channels(self) -> int:
+        return self.heads * (self.d_k + self.d_v)
 
     @property
     def queries(self) -> int:
@@ -156,30 +166,46 @@ class Layout:
         """Queries of a unit."""
         return len(self.units[0]) * self.queries
 
-    def channels(self, d: int) -> list[slice]:
-        """Of each unit, the whole registers that hold the `d` channels of its heads."""
-        starts = [unit.start * d // LANES * LANES for unit in self.units]
-        stops = [min(_round_up(unit.stop * d, LANES), self.heads * d) for unit in self.units]
-        return [slice(start, stop) for start, stop in zip(starts, stops, strict=True)]
-
-    def block_shape(self, x: Array, side: int) -> tuple[int, ...]:
-        n, height, _, heads, d = x.shape
-        return n, height, self.cols, side, heads * d
+    def registers(self, first: int, d: int) -> list[slice]:
+        """Of each unit, the registers that hold its heads, of `d` channels each from `first` on."""
+        starts = [(first + unit.start * d) // LANES * LANES for unit in self.units]
+        stops = [_round_up(first + unit.stop * d, LANES) for unit in self.units]
+        ends = [min(stop, self.channels) for stop in stops]
+        return [slice(start, end) for start, end in zip(starts, ends, strict=True)]
 
 
 def _to_blocks(layout: Layout, q, k, v, row_table, col_table) -> tuple[Array, ...]:
-    """Cuts columns into blocks, (n, h, w, heads, d) to (n, h, cols, side, channels).
+    """The queries by block, keys and values side by side by column of blocks, and both tables.
 
-    Nothing moves in HBM where blocks are of whole registers. The tables become one, each padded to
-    whole registers and repeated for all heads.
+    Where blocks are of whole registers nothing moves in HBM but to join keys and values, which XLA
+    leaves out if they were one array. Tables are repeated for all heads.
     """
-    sides = (layout.spec.side, layout.spec.block, layout.spec.block)
-    images = [
-        x.reshape(layout.block_shape(x, side)) for x, side in zip((q, k, v), sides, strict=True)
-    ]
+    n, height, *_ = k.shape
+    kv = jnp.concatenate([x.reshape(*x.shape[:3], -1) for x in (k, v)], -1)
+    kv = kv.reshape(n, height, layout.cols, layout.spec.block, layout.channels)
     padding = ((0, layout.offsets - row_table.shape[0]), (0, 0))
     tables = jnp.concatenate([jnp.pad(table, padding) for table in (row_table, col_table)])
-    return (*images, jnp.tile(tables, (1, layout.heads)))
+    tables = jnp.tile(tables, (1, layout.heads))
+    tables = jnp.pad(tables, ((0, 0), (0, layout.channels - layout.c_k)))
+    return _cut_queries(layout, q), kv, tables
+
+
+def _cut_queries(layout: Layout, x: Float[Array, "n h w heads d"]) -> Float[Array, "n r cols y c"]:
+    """Cuts an image of queries into blocks, of `Layout.pieces` in the third last and last axes."""
+    (n, *_, heads, d), side = x.shape, layout.spec.side
+    if side % SUBLANES == 0:
+        return x.reshape(n, -1, layout.cols, side, heads * d)
+    x = x.reshape(n, layout.rows, side, layout.cols, side, heads * d).transpose(0, 1, 3, 2, 4, 5)
+    x = x.reshape(n, layout.rows, layout.cols, side**2, heads * d)
+    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, layout.queries - side**2), (0, 0)))
+
+
+def _join_queries(layout: Layout, x: Float[Array, "n r cols y c"], d: int) -> Array:
+    """The inverse of `_cut_queries`."""
+    n, side, (rows, cols) = x.shape[0], layout.spec.side, (layout.rows, layout.cols)
+    if side % SUBLANES:
+        x = x[:, :, :, : side**2].reshape(n, rows, cols, side, side, -1).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(n, rows * side, cols * side, layout.heads, d)
 
 
 def _on_tpu_or_interpreted(call, layout: Layout, *arrays: Array):
@@ -191,76 +217,74 @@ def _on_tpu_or_interpreted(call, layout: Layout, *arrays: Array):
     )
 
 
-def _call_forward(layout: Layout, q, k, v, tables, *, interpret: bool):
+def _call_forward(layout: Layout, q, kv, tables, *, interpret: bool):
     """Returns the attended values, in blocks, and the logarithms of the sums of the softmax."""
-    n, side, (c_k, c_v) = q.shape[0], layout.spec.side, (k.shape[-1], v.shape[-1])
-    sums = (n, layout.rows, layout.cols, len(layout.units), layout.lanes)
+    sums = (q.shape[0], layout.rows, layout.cols, len(layout.units), layout.lanes)
+    out = (*q.shape[:-1], layout.channels - layout.c_k)
     return pl.pallas_call(
         functools.partial(_forward_kernel, layout),
-        grid=(n, layout.rows),
-        in_specs=_inputs(layout, c_k, c_v),
-        out_specs=[_strip(layout, side, c_v), _strip_of_sums(layout)],
-        out_shape=[
-            jax.ShapeDtypeStruct((*q.shape[:-1], c_v), q.dtype),
-            jax.ShapeDtypeStruct(sums, jnp.float32),
-        ],
+        grid=(q.shape[0], layout.rows),
+        in_specs=_inputs(layout),
+        out_specs=[_strip_of_queries(layout, out[-1]), _strip_of_sums(layout)],
+        out_shape=[jax.ShapeDtypeStruct(out, q.dtype), jax.ShapeDtypeStruct(sums, jnp.float32)],
         compiler_params=_compiler_params(),
         interpret=interpret,
         name="halo_attention_forward",
-    )(q, *[k] * 3, *[v] * 3, tables)
+    )(q, kv, kv, kv, tables)
 
 
-def _call_backward(layout: Layout, q, k, v, tables, d_out, sums, *, interpret: bool):
-    """Returns the gradients of q, k and v, in blocks, and those of the tables for each image."""
-    n, (c_k, c_v), spec = q.shape[0], (k.shape[-1], v.shape[-1]), layout.spec
-    of_tables = pl.BlockSpec((1, *tables.shape), lambda n, i: (n, 0, 0))
-    window_sums = (2 * spec.block + spec.halo, layout.cols, layout.window_cols)
+def _call_backward(layout: Layout, q, kv, tables, d_out, sums, *, interpret: bool):
+    """Returns the gradients of q, of keys and values, and for each image those of the tables."""
+    d_tables = (q.shape[0], *tables.shape)
+    window_sums = (3, layout.spec.block, layout.cols, layout.window_cols, layout.channels)
     return pl.pallas_call(
         functools.partial(_backward_kernel, layout),
-        grid=(n, layout.rows + 1),
+        grid=(q.shape[0], layout.rows + 1),
         in_specs=[
-            *_inputs(layout, c_k, c_v),
-            _strip(layout, spec.side, c_v),
+            *_inputs(layout),
+            _strip_of_queries(layout, d_out.shape[-1]),
             _strip_of_sums(layout),
         ],
         out_specs=[
-            _strip(layout, spec.side, c_k),
-            _strip(layout, spec.block, c_k, late=True),
-            _strip(layout, spec.block, c_v, late=True),
-            of_tables,
+            _strip_of_queries(layout, layout.c_k),
+            _strip(layout, -1),
+            pl.BlockSpec((1, *tables.shape), lambda n, i: (n, 0, 0)),
         ],
         out_shape=[
-            *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)),
-            jax.ShapeDtypeStruct((n, *tables.shape), jnp.float32),
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct(kv.shape, kv.dtype),
+            jax.ShapeDtypeStruct(d_tables, jnp.float32),
         ],
-        scratch_shapes=[pltpu.VMEM((*window_sums, c), jnp.float32) for c in (c_k, c_v)],
+        scratch_shapes=[pltpu.VMEM(window_sums, jnp.float32)],
         compiler_params=_compiler_params(),
         interpret=interpret,
         name="halo_attention_backward",
-    )(q, *[k] * 3, *[v] * 3, tables, d_out, sums)
+    )(q, kv, kv, kv, tables, d_out, sums)
 
 
-def _inputs(layout: Layout, c_k: int, c_v: int) -> list[pl.BlockSpec]:
-    """Queries, keys and values with their neighbours, tables."""
-    tables = pl.BlockSpec((2 * layout.offsets, c_k), lambda n, i: (0, 0))
-    around = [
-        _strip(layout, layout.spec.block, c, shift) for c in (c_k, c_v) for shift in (-1, 0, 1)
-    ]
-    return [_strip(layout, layout.spec.side, c_k), *around, tables]
+# What a grid step reads and writes. The backward pass has one step more than there are strips, and
+# so clamps to the last.
 
 
-def _strip(layout: Layout, side: int, c: int, shift: int = 0, late: bool = False) -> pl.BlockSpec:
-    """A strip of an image: that of the grid step, one `shift` further on, or that of the last step.
+def _inputs(layout: Layout) -> list[pl.BlockSpec]:
+    tables = pl.BlockSpec((2 * layout.offsets, layout.channels), lambda n, i: (0, 0))
+    around = [_strip(layout, shift) for shift in (-1, 0, 1)]
+    return [_strip_of_queries(layout, layout.c_k), *around, tables]
 
-    The backward pass has one step more than there are strips; all clamp to those that there are.
-    """
-    last = layout.rows - 1
 
-    def index(n, i):
-        i = jnp.maximum(i - 1, 0) if late else jnp.minimum(i, last)
-        return n, jnp.clip(i + shift, 0, last), 0, 0, 0
+def _strip(layout: Layout, shift: int) -> pl.BlockSpec:
+    """Keys and values of the strip that is `shift` below that of the step."""
+    shape, last = (
+        (1, layout.spec.block, layout.cols, layout.spec.block, layout.channels),
+        layout.rows - 1,
+    )
+    return pl.BlockSpec(shape, lambda n, i: (n, jnp.clip(i + shift, 0, last), 0, 0, 0))
 
-    return pl.BlockSpec((1, side, layout.cols, side, c), index)
+
+def _strip_of_queries(layout: Layout, channels: int) -> pl.BlockSpec:
+    side, last = layout.spec.side, layout.rows - 1
+    piece = (side, layout.cols, side) if side % SUBLANES == 0 else (1, layout.cols, layout.queries)
+    return pl.BlockSpec((1, *piece, channels), lambda n, i: (n, jnp.minimum(i, last), 0, 0, 0))
 
 
 def _strip_of_sums(layout: Layout) -> pl.BlockSpec:
@@ -273,63 +297,60 @@ def _compiler_params() -> pltpu.CompilerParams:
     return pltpu.CompilerParams(dimension_semantics=order, vmem_limit_bytes=VMEM_LIMIT)
 
 
-def _forward_kernel(layout: Layout, q_ref, *refs):
-    k_refs, v_refs, (tables_ref, out_ref, sums_ref) = refs[:3], refs[3:6], refs[6:]
-    k_channels, v_channels = layout.channels(layout.d_k), layout.channels(layout.d_v)
-    strip = pl.program_id(1)
+def _forward_kernel(layout: Layout, q_ref, above, here, below, tables_ref, out_ref, sums_ref):
+    strip, of_keys, of_values = pl.program_id(1), (0, layout.d_k), (layout.c_k, layout.d_v)
+    k_registers, v_registers = layout.registers(*of_keys), layout.registers(*of_values)
 
     @_for_each_block(layout)
     def _(col):
-        k_window = jnp.concatenate([tables_ref[...], _window(layout, k_refs, strip, col)])
-        v_window = _window(layout, v_refs, strip, col)
-        queries = _read_rows(layout, q_ref, col) * layout.d_k**-0.5
-        q_units = _to_units(layout, queries, layout.d_k)
+        window = _window(layout, (above, here, below), strip, col)
+        with_tables = jnp.concatenate([tables_ref[...], window])
+        q_units = _to_units(layout, _read_rows(q_ref, col) * layout.d_k**-0.5, *of_keys)
         products = [
-            _dot(layout, k_window[:, c], q, 1, 1) for c, q in zip(k_channels, q_units, strict=True)
+            _dot(layout, with_tables[:, c], q, 1, 1)
+            for c, q in zip(k_registers, q_units, strict=True)
         ]
         logits = [_to_logits(layout, x, strip, col) for x in products]
         largest = [x.max(0, keepdims=True) for x in logits]
         weights = [jnp.exp(x - m) for x, m in zip(logits, largest, strict=True)]
         totals = [x.sum(0, keepdims=True) for x in weights]
         attended = [
-            _dot(layout, v_window[:, c], w, 0, 0) * (1 / t)
-            for c, w, t in zip(v_channels, weights, totals, strict=True)
+            _dot(layout, window[:, c], w, 0, 0) * (1 / t)
+            for c, w, t in zip(v_registers, weights, totals, strict=True)
         ]
-        _write_rows(layout, out_ref, col, _from_units(layout, attended, layout.d_v))
+        _write_rows(out_ref, col, _from_units(layout, attended, *of_values))
         for unit, (m, t) in enumerate(zip(largest, totals, strict=True)):
             sums_ref[0, 0, col, unit, :] = (m + jnp.log(t))[0]
 
 
-def _backward_kernel(layout: Layout, q_ref, *refs):
-    k_refs, v_refs, (tables_ref, d_out_ref, sums_ref, *refs) = refs[:3], refs[3:6], refs[6:]
-    dq_ref, dk_ref, dv_ref, d_tables_ref, dk_sums, dv_sums = refs
-    k_channels, v_channels = layout.channels(layout.d_k), layout.channels(layout.d_v)
-    spec, strip, tables = layout.spec, pl.program_id(1), 2 * layout.offsets
-    # The sums begin with the strip before; its upper rows are in no window of this one.
-    window_rows = slice(spec.block - spec.halo, 2 * spec.block + spec.halo)
-    window = (spec.window, layout.window_cols, -1)
+def _backward_kernel(
+    layout: Layout, q_ref, above, here, below, tables_ref, d_out_ref, sums_ref, *refs
+):
+    dq_ref, d_kv_ref, d_tables_ref, d_windows = refs
+    strip, of_keys, of_values = pl.program_id(1), (0, layout.d_k), (layout.c_k, layout.d_v)
+    k_registers, v_registers = layout.registers(*of_keys), layout.registers(*of_values)
+    tables = 2 * layout.offsets
 
     @pl.when(strip == 0)
     def _():
-        for ref in (dk_sums, dv_sums, d_tables_ref):
-            ref[...] = jnp.zeros_like(ref)
+        d_windows[...] = jnp.zeros_like(d_windows)
+        d_tables_ref[...] = jnp.zeros_like(d_tables_ref)
 
     @pl.when(strip < layout.rows)
     def _():
         @_for_each_block(layout)
         def _(col):
-            k_window = jnp.concatenate([tables_ref[...], _window(layout, k_refs, strip, col)])
-            v_window = _window(layout, v_refs, strip, col)
-            queries = _read_rows(layout, q_ref, col) * layout.d_k**-0.5
-            q_units = _to_units(layout, queries, layout.d_k)
-            d_units = _to_units(layout, _read_rows(layout, d_out_ref, col), layout.d_v)
+            window = _window(layout, (above, here, below), strip, col)
+            with_tables = jnp.concatenate([tables_ref[...], window])
+            q_units = _to_units(layout, _read_rows(q_ref, col) * layout.d_k**-0.5, *of_keys)
+            d_units = _to_units(layout, _read_rows(d_out_ref, col), *of_values)
             products = [
-                _dot(layout, k_window[:, c], q, 1, 1)
-                for c, q in zip(k_channels, q_units, strict=True)
+                _dot(layout, with_tables[:, c], q, 1, 1)
+                for c, q in zip(k_registers, q_units, strict=True)
             ]
             d_weights = [
-                _dot(layout, v_window[:, c], d, 1, 1)
-                for c, d in zip(v_channels, d_units, strict=True)
+                _dot(layout, window[:, c], d, 1, 1)
+                for c, d in zip(v_registers, d_units, strict=True)
             ]
             logits = [_to_logits(layout, x, strip, col) for x in products]
             weights = [
@@ -339,32 +360,33 @@ def _backward_kernel(layout: Layout, q_ref, *refs):
             d_logits = [
                 x - w * x.sum(0, keepdims=True) for x, w in zip(shares, weights, strict=True)
             ]
-            for c, w, d in zip(v_channels, weights, d_units, strict=True):
-                dv_sums[window_rows, col, :, c] += _dot(layout, w, d, 1, 0).reshape(window)
+            for c, w, d in zip(v_registers, weights, d_units, strict=True):
+                _add_window(layout, d_windows, strip, col, c, _dot(layout, w, d, 1, 0))
             d_products = [_to_products(layout, x) for x in d_logits]
             d_queries = []
-            for c, x, q in zip(k_channels, d_products, q_units, strict=True):
+            for c, x, q in zip(k_registers, d_products, q_units, strict=True):
                 d_keys = _dot(layout, x, q, 1, 0)
                 d_tables_ref[0, :, c] += d_keys[:tables]
-                dk_sums[window_rows, col, :, c] += d_keys[tables:].reshape(window)
-                d_queries.append(_dot(layout, k_window[:, c], x, 0, 0))
-            dq = _from_units(layout, d_queries, layout.d_k) * layout.d_k**-0.5
-            _write_rows(layout, dq_ref, col, dq)
+                _add_window(layout, d_windows, strip, col, c, d_keys[tables:])
+                d_queries.append(_dot(layout, with_tables[:, c], x, 0, 0))
+            dq = _from_units(layout, d_queries, *of_keys) * layout.d_k**-0.5
+            _write_rows(dq_ref, col, dq)
 
-    for sums, ref in ((dk_sums, dk_ref), (dv_sums, dv_ref)):
+    # The strip above is complete; its room is that of the strip after the next one.
+    done = (strip + 2) % 3
 
-        @pl.loop(0, layout.cols)
-        def _(col, sums=sums, ref=ref):
-            ref[0, :, col] = _from_windows(layout, sums, col).astype(ref.dtype)
+    @pl.loop(0, layout.cols)
+    def _(col):
+        d_kv_ref[0, :, col] = _from_windows(layout, d_windows, done, col).astype(d_kv_ref.dtype)
 
-        # The next strip is the one before from now on.
-        sums[: spec.block + spec.halo] = sums[spec.block :]
-        sums[spec.block + spec.halo :] = jnp.zeros((spec.block, *sums.shape[1:]), jnp.float32)
+    d_windows[done] = jnp.zeros_like(d_windows[done])
 
 
 def _for_each_block(layout: Layout):
-    """A loop over the blocks of a strip, two at a time: more for the scheduler to choose from."""
-    return pl.loop(0, layout.cols, unroll=2 if layout.cols % 2 == 0 else 1)
+    """A loop over the blocks of a strip, a few at a time: more for the scheduler to choose from."""
+    fitting = max(1, UNITS_AT_ONCE // len(layout.units))
+    unroll = max(n for n in range(1, min(fitting, 4) + 1) if layout.cols % n == 0)
+    return pl.loop(0, layout.cols, unroll=unroll)
 
 
 def _window(layout: Layout, refs, strip, col) -> Float[Array, "keys c"]:
@@ -393,63 +415,81 @@ def _window(layout: Layout, refs, strip, col) -> Float[Array, "keys c"]:
     return jnp.concatenate(parts, 1).reshape(-1, here.shape[-1]).astype(layout.dtype)
 
 
-def _from_windows(layout: Layout, sums, col) -> Float[Array, "block block2 c"]:
+def _add_window(layout: Layout, d_windows, strip, col, registers: slice, x) -> None:
+    """Adds to the sums of a window's rows, which are of three strips with a room each."""
+    block, halo = layout.spec.block, layout.spec.halo
+    x = x.reshape(layout.spec.window, layout.window_cols, -1)
+    d_windows[strip % 3, :, col, :, registers] += x[halo : halo + block]
+    if halo:
+        d_windows[(strip + 2) % 3, block - halo :, col, :, registers] += x[:halo]
+        d_windows[(strip + 1) % 3, :halo, col, :, registers] += x[halo + block :]
+
+
+def _from_windows(layout: Layout, d_windows, room, col) -> Float[Array, "block block2 c"]:
     """Adds up what the windows of a block and of those beside it hold for its pixels."""
     block, halo, last = layout.spec.block, layout.spec.halo, layout.cols - 1
-    total = sums[:block, col, halo : halo + block, :]
+    total = d_windows[room, :, col, halo : halo + block, :]
     if not halo:
         return total
-    left = sums[:block, jnp.maximum(col - 1, 0), halo + block : block + 2 * halo, :]
-    right = sums[:block, jnp.minimum(col + 1, last), :halo, :]
+    left = d_windows[room, :, jnp.maximum(col - 1, 0), halo + block : block + 2 * halo, :]
+    right = d_windows[room, :, jnp.minimum(col + 1, last), :halo, :]
     between = jnp.zeros((block, block - halo, total.shape[-1]), jnp.float32)
     total += jnp.concatenate([jnp.where(col > 0, left, 0.0), between], 1)
     return total + jnp.concatenate([between, jnp.where(col < last, right, 0.0)], 1)
 
 
-def _read_rows(layout: Layout, ref, col) -> Float[Array, "queries c"]:
-    """The queries of a block one below the other, padded with zeros."""
-    rows = [ref[0, row, col].astype(jnp.float32) for row in range(layout.spec.side)]
-    padding = layout.queries - layout.spec.side**2
-    if padding:
-        rows.append(jnp.zeros((padding, ref.shape[-1]), jnp.float32))
-    return jnp.concatenate(rows)
+def _read_rows(ref, col) -> Float[Array, "queries c"]:
+    """The queries of a block one below the other."""
+    return jnp.concatenate([ref[0, row, col].astype(jnp.float32) for row in range(ref.shape[1])])
 
 
-def _write_rows(layout: Layout, ref, col, rows: Float[Array, "queries c"]) -> None:
+def _write_rows(ref, col, rows: Float[Array, "queries c"]) -> None:
     """The inverse of `_read_rows`."""
-    side = layout.spec.side
-    for row in range(side):
-        ref[0, row, col] = rows[row * side : (row + 1) * side].astype(ref.dtype)
+    for row, piece in enumerate(jnp.split(rows, ref.shape[1])):
+        ref[0, row, col] = piece.astype(ref.dtype)
 
 
-def _to_units(layout: Layout, rows: Float[Array, "queries c"], d: int) -> list[Array]:
-    """Of each unit: its registers of `rows`, once for each head, zero in the channels of others."""
+def _to_units(
+    layout: Layout, rows: Float[Array, "queries c"], first: int, d: int
+) -> list[Float[Array, "lanes c2"]]:
+    """Of each unit: the rows once for each head, zero in the channels of other heads.
+
+    Head h of `rows` goes to the `d` channels from `first + h * d` on, in whole registers.
+    """
+    ends = (first, layout.channels - first - rows.shape[1])
+    before, after = (jnp.zeros((rows.shape[0], channels), jnp.float32) for channels in ends)
+    rows = jnp.concatenate([x for x in (before, rows, after) if x.shape[1]], 1)
     return [
         jnp.concatenate(
-            [jnp.where(_is_of_head(head, d, c), rows[:, c], 0.0) for head in unit]
+            [jnp.where(_is_of_head(head, first, d, c), rows[:, c], 0.0) for head in unit]
         ).astype(layout.dtype)
-        for unit, c in zip(layout.units, layout.channels(d), strict=True)
+        for unit, c in zip(layout.units, layout.registers(first, d), strict=True)
     ]
 
 
-def _from_units(layout: Layout, units: list[Array], d: int) -> Float[Array, "queries c"]:
+def _from_units(
+    layout: Layout, units: list[Array], first: int, d: int
+) -> Float[Array, "queries c"]:
     """The adjoint of `_to_units`, of arrays (channels, lanes)."""
     registers: dict[int, Array] = {}
-    for x, unit, c in zip(units, layout.units, layout.channels(d), strict=True):
+    for x, unit, c in zip(units, layout.units, layout.registers(first, d), strict=True):
         heads = jnp.split(x.T, len(unit))
         rows = sum(
-            jnp.where(_is_of_head(head, d, c), y, 0.0) for head, y in zip(unit, heads, strict=True)
+            jnp.where(_is_of_head(head, first, d, c), y, 0.0)
+            for head, y in zip(unit, heads, strict=True)
         )
         for start in range(c.start, c.stop, LANES):
             part = rows[:, start - c.start : min(start + LANES, c.stop) - c.start]
             registers[start] = registers[start] + part if start in registers else part
-    return jnp.concatenate([registers[start] for start in sorted(registers)], 1)
+    rows = jnp.concatenate([registers[start] for start in sorted(registers)], 1)
+    begin = first - min(registers)
+    return rows[:, begin : begin + layout.heads * d]
 
 
-def _is_of_head(head: int, d: int, channels: slice) -> Bool[Array, "1 c"]:
+def _is_of_head(head: int, first: int, d: int, channels: slice) -> Bool[Array, "1 c"]:
     shape = (1, channels.stop - channels.start)
     channel = lax.broadcasted_iota(jnp.int32, shape, 1) + channels.start
-    return (channel >= head * d) & (channel < (head + 1) * d)
+    return (channel >= first + head * d) & (channel < first + (head + 1) * d)
 
 
 def _to_logits(
@@ -490,36 +530,29 @@ def _inside(spec: Spec, number, size: int) -> Bool[Array, "window 1"]:
 def _by_offset_to_by_key(
     layout: Layout, x: Float[Array, "offsets lanes"], axis: int
 ) -> Float[Array, "window lanes"]:
-    """Moves each lane by the position of its query: key j of query i has offset j - stride * i."""
-    position, out = _position(layout, axis), None
-    for query, first in enumerate(_first_offsets(layout.spec)):
-        moved = x[first : first + layout.spec.window]
-        out = moved if out is None else jnp.where(position == query, moved, out)
-    return out
+    """Moves each lane up by the table row of its query and the window's first key."""
+    for digit, moves in _digits(layout, axis):
+        x = jnp.where(moves, jnp.concatenate([x[digit:], x[:digit]]), x)
+    return x[: layout.spec.window]
 
 
 def _by_key_to_by_offset(
     layout: Layout, x: Float[Array, "window lanes"], axis: int
 ) -> Float[Array, "offsets lanes"]:
     """The adjoint of `_by_offset_to_by_key`."""
-    position, out = _position(layout, axis), jnp.zeros((layout.offsets, layout.lanes), jnp.float32)
-    for query, first in enumerate(_first_offsets(layout.spec)):
-        ends = (first, layout.offsets - first - layout.spec.window)
-        above, below = (jnp.zeros((rows, layout.lanes), jnp.float32) for rows in ends)
-        parts = [part for part in (above, x, below) if part.shape[0]]
-        out = jnp.where(position == query, jnp.concatenate(parts), out)
-    return out
+    x = jnp.concatenate([x, jnp.zeros((layout.offsets - x.shape[0], x.shape[1]), jnp.float32)])
+    for digit, moves in _digits(layout, axis):
+        x = jnp.where(moves, jnp.concatenate([x[-digit:], x[:-digit]]), x)
+    return x
 
 
-def _first_offsets(spec: Spec) -> list[int]:
-    """Of each query along one axis, the table row of the window's first key."""
-    return spec.table_index()[:, 0].tolist()
-
-
-def _position(layout: Layout, axis: int) -> Int[Array, "1 lanes"]:
-    """Of the query in each lane, its row or column in the block."""
+def _digits(layout: Layout, axis: int) -> list[tuple[int, Bool[Array, "1 lanes"]]]:
+    """The table row of each lane's query and the window's first key, along one axis, in binary."""
+    side, spec = layout.spec.side, layout.spec
     query = lax.broadcasted_iota(jnp.int32, (1, layout.lanes), 1) % layout.queries
-    return query // layout.spec.side if axis == 0 else query % layout.spec.side
+    position = query // side if axis == 0 else query % side
+    row = jnp.maximum(spec.block - 1 - spec.stride * position, 0)  # what pads the queries has none
+    return [(1 << n, (row >> n) & 1 == 1) for n in range((spec.block - 1).bit_length())]
 
 
 def _dot(layout: Layout, a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
