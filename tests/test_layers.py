@@ -5,7 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from halonet.models.layers import BatchNorm, Conv1x1, average_pool, matmul_precision
+from halonet.models.layers import (
+    BatchNorm,
+    Conv1x1,
+    average_pool,
+    matmul_precision,
+    narrow_product,
+)
 
 
 @pytest.fixture
@@ -112,3 +118,22 @@ def test_average_pool_takes_what_there_is_at_the_end_of_an_odd_map():
     x = jnp.arange(15, dtype=jnp.float32).reshape(1, 3, 5, 1)
     expected = [[3.0, 5.0, 6.5], [10.5, 12.5, 14.0]]
     np.testing.assert_array_equal(average_pool(x, 2)[0, :, :, 0], expected)
+
+
+def test_a_narrow_product_keeps_the_gradient_of_its_kernel():
+    """Exact products of bfloat16 operands, not rounded on their way to the kernel."""
+    rng = np.random.default_rng(0)
+    x, g = (jnp.asarray(rng.normal(size=(64, 8)), jnp.bfloat16) for _ in range(2))
+    kernel = jnp.asarray(rng.normal(size=(8, 8)), jnp.float32)
+
+    def gradients(product):
+        y, back = jax.vjp(product, x, kernel)
+        return (y, *back(g))
+
+    y, to_x, to_kernel = gradients(narrow_product)
+    exact = np.asarray(x, np.float64).T @ np.asarray(g, np.float64)
+    np.testing.assert_allclose(to_kernel, exact, rtol=1e-5, atol=1e-5)
+    plain = gradients(lambda x, kernel: jnp.dot(x, kernel.astype(x.dtype)))
+    assert np.abs(plain[2] - exact).max() > 1e-2
+    np.testing.assert_array_equal((y, to_x), plain[:2])
+    assert (y.dtype, to_x.dtype, to_kernel.dtype) == (x.dtype, x.dtype, kernel.dtype)

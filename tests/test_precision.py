@@ -94,6 +94,12 @@ def trace(dtype):
     jaxpr, result = jax.make_jaxpr(op, return_shape=True)(*abstract)
     inside = list(equations(jaxpr.jaxpr))
     forward, backward = r"/jvp\(HaloNet\)/(?!head)", r"/transpose\(jvp\(HaloNet\)\)/(?!head)"
+    shapes = {leaf.shape for leaf in jax.tree.leaves(state.params) if len(leaf.shape) == 2}
+
+    def is_kernel(variable):
+        shape = getattr(variable.aval, "shape", ())
+        return shape in shapes or shape[::-1] in shapes
+
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     maps = functools.partial(model.clone(features_only=True).apply, train=False)
     return {
@@ -102,8 +108,13 @@ def trace(dtype):
             jax.eval_shape(lambda x: steps.normalize(x, (0.1,) * 3, (0.3,) * 3), batch["image"])
         ),
         "convolutions and dense products": used(whole, PRODUCTS, forward),
-        "gradients of their kernels, as the products make them": used(
-            whole, PRODUCTS, backward, ins=False
+        "gradients of 1x1 kernels, before devices add theirs up": used(
+            [(path, equation) for path, equation in whole if is_kernel(equation.outvars[0])],
+            *(("dot_general",), backward),
+            ins=False,
+        ),
+        "gradients of larger kernels, likewise": used(
+            whole, ("conv_general_dilated",), backward, ins=False
         ),
         "batch norm: means, variances and what is made of them": used(
             whole, ("reduce_sum", "rsqrt", "square", "integer_pow"), r"bn\d?$"

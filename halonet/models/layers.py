@@ -31,6 +31,29 @@ def average_pool(x: Float[Array, "n h w c"], size: int) -> Float[Array, "n h2 w2
     return nn.avg_pool(x, window, strides=window, padding=ends, count_include_pad=False)
 
 
+@jax.custom_vjp
+def narrow_product(x: Float[Array, "n c"], kernel: Float[Array, "c f"]) -> Float[Array, "n f"]:
+    """x @ kernel in the dtype of x, whose gradient for the kernel comes out in the kernel's dtype.
+
+    By itself that gradient would be rounded to the dtype of x, and only then added up over the
+    devices that share the batch: on TPU in bfloat16, the worse the more there are.
+    """
+    return jnp.dot(x, kernel.astype(x.dtype))
+
+
+def _narrow_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return narrow_product(x, kernel), (x, kernel)
+
+
+def _narrow_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    x, kernel = saved
+    to_kernel = jnp.einsum("nc,nf->cf", x, g, preferred_element_type=kernel.dtype)
+    return jnp.einsum("nf,cf->nc", g, kernel.astype(g.dtype)), to_kernel
+
+
+narrow_product.defvjp(_narrow_forward, _narrow_backward)
+
+
 class Conv1x1(nn.Module):
     """A 1x1 convolution without bias: (N, H, W, C) -> (N, H/stride, W/stride, features).
 
@@ -52,11 +75,12 @@ class Conv1x1(nn.Module):
         kernel = self.param("kernel", self.kernel_init, (channels, self.features), self.param_dtype)
         # Flat, because XLA's CPU backend transposes a whole activation for the kernel's gradient
         # where it has to contract three axes; one it contracts in place, at twice the speed.
-        y = jnp.dot(
-            x.reshape(-1, channels).astype(self.dtype),
-            kernel.astype(self.dtype),
-            precision=matmul_precision(self.dtype),
-        )
+        x = x.reshape(-1, channels).astype(self.dtype)
+        precision = matmul_precision(self.dtype)
+        if precision == jax.lax.Precision.DEFAULT:
+            y = narrow_product(x, kernel)
+        else:
+            y = jnp.dot(x, kernel.astype(self.dtype), precision=precision)
         return y.reshape(*pixels, self.features)
 
 
