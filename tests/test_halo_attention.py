@@ -322,6 +322,40 @@ class TestRows(Contract):
         monkeypatch.setattr(xla, "STEPS_AT_ONCE", 1)
 
 
+class TestPacked(Contract):
+    implementation = "xla_packed"
+
+
+@pytest.mark.middle
+class TestPallasTpu(Contract):
+    """The fused kernel, interpreted; see also test_pallas_tpu.py."""
+
+    implementation = "pallas_tpu"
+
+    @pytest.mark.long
+    @pytest.mark.parametrize("case", EVERYWHERE[::3], ids=name)
+    def test_values_and_gradients_everywhere(self, case):
+        self.check(case)  # a third of them: compiling the kernel for a CPU takes seconds
+
+    @pytest.mark.long
+    @pytest.mark.parametrize("seed", range(100))
+    def test_any_size_everywhere(self, seed):
+        self.check_any_size(seed)
+
+    def check(self, case):
+        """With positions and a halo that the kernel knows; others it must refuse."""
+        known = {"positions": "exact", "scale_positions": True, "halo": min(case.halo, case.block)}
+        supported = dataclasses.replace(case, **known)
+        if supported != case:
+            with pytest.raises(NotImplementedError, match="'xla_packed' has"):
+                values_and_gradients(case, self.implementation)
+        return super().check(supported)
+
+    def test_float16_with_a_mask_stays_finite(self):
+        with pytest.raises(NotImplementedError, match="no float16; .*'xla_packed' has"):
+            values_and_gradients(Case(), self.implementation, jnp.float16)
+
+
 def test_the_cases_hold_every_pair():
     axes = [[(axis, value) for value in values] for axis, values in AXES.items()]
     two = (itertools.product(*both) for both in itertools.combinations(axes, 2))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from halonet.ops import geometry, reference, xla
+from halonet.ops import geometry, packed, pallas_tpu, reference, xla
 
 # Each takes (q, k, v, row_table, col_table, spec). The images are padded to whole blocks; `spec`
 # has their true size.
@@ -14,6 +14,8 @@ IMPLEMENTATIONS = {
     "reference": reference.halo_attention_reference,
     "xla_shift": xla.halo_attention_shift,
     "xla_rows": xla.halo_attention_rows,
+    "xla_packed": packed.halo_attention_packed,
+    "pallas_tpu": pallas_tpu.halo_attention_pallas_tpu,
 }
 
 
@@ -74,6 +76,7 @@ def halo_attention(
 
     Raises:
       ValueError: arguments that do not fit together, each named with what would do.
+      NotImplementedError: what the implementation named cannot do, with one that can.
 
     Source: Vaswani et al., Scaling Local Self-Attention for Parameter Efficient Visual Backbones,
     2021, arXiv 2103.12731.

@@ -87,7 +87,7 @@ def _strips(
 ]:
     """Cuts images into rows of blocks: queries, keys and values with halo, what is inside."""
     queries = q.reshape(q.shape[0], q.shape[1] // spec.side, spec.side, *q.shape[2:])
-    keys_values = _with_halo(jnp.concatenate([k, v], -1), 1, spec.block, spec.halo)
+    keys_values = with_halo(jnp.concatenate([k, v], -1), 1, spec.block, spec.halo)
     return queries, keys_values, spec.inside(spec.height)
 
 
@@ -129,7 +129,7 @@ def _attend_strip(
     q_cayxd = q_ycxad.transpose(1, 3, 0, 2, 4)
     q_cayxd = jnp.concatenate([q_cayxd, row_logits.astype(dtype), col_logits.astype(dtype)], -1)
     q_caqd = q_cayxd.reshape(cols, heads, side * side, d_k + 2 * window)
-    kv_icjad = _with_halo(keys_values, 1, spec.block, spec.halo)
+    kv_icjad = with_halo(keys_values, 1, spec.block, spec.halo)
     kv_cakd = kv_icjad.transpose(1, 3, 0, 2, 4).reshape(cols, heads, window * window, d_k + d_v)
     picks = np.eye(window)
     picks = np.concatenate([np.repeat(picks, window, 0), np.tile(picks, (window, 1))], -1)
@@ -147,19 +147,21 @@ def _attend_strip(
     return out_cayxd.transpose(2, 0, 3, 1, 4).reshape(side, w_q, heads, d_v)
 
 
-def _with_halo(x: Array, axis: int, block: int, halo: int) -> Array:
+def with_halo(x: Array, axis: int, block: int, halo: int, length: int | None = None) -> Array:
     """Splits `axis` into blocks, each with its halo: two axes (blocks, block + 2 * halo).
+
+    A `length` takes the place of the second: windows then reach further at their end.
 
     Shifts by whole blocks and concatenates: the one form that XLA partitions over devices by
     passing halos to neighbours instead of gathering everything. Zeros lie outside the image.
     """
     blocks = x.shape[axis] // block
     x = x.reshape(*x.shape[:axis], blocks, block, *x.shape[axis + 1 :])
-    reach = -(-halo // block)
+    end = block + halo if length is None else length - halo
     pieces = []
-    for shift in range(-reach, reach + 1):
+    for shift in range(-halo // block, -(-end // block)):
         # What the block `shift` places further on gives to this block's window.
-        first, last = max(-halo, shift * block), min(block + halo, (shift + 1) * block)
+        first, last = max(-halo, shift * block), min(end, (shift + 1) * block)
         piece = lax.slice_in_dim(x, first - shift * block, last - shift * block, axis=axis + 1)
         pieces.append(_shift(piece, axis, shift))
     return lax.concatenate(pieces, axis + 1)
