@@ -65,6 +65,8 @@ NOTES = (
     "ReLU as the others do.",
     "Memory is temporaries and results: by XLA's plan of ours, and at the peak of PyTorch's "
     "allocator, which does not see what a CPU kernel takes for itself.",
+    "torch.compile is measured on a GPU, and with --compile on a CPU, there without gradients: "
+    "PyTorch 2.13 crashes in the backward pass that it compiles for timm's attention.",
     "first_s is the first call, with tracing and compilation.",
 )
 # What each result holds, in this order.
@@ -112,7 +114,9 @@ def parse(arguments):
     parser.add_argument("--rounds", type=positive, help="turns of each; 7, quick 2")
     parser.add_argument("--batch", type=positive, help="images at a time; 8, quick 2")
     parser.add_argument(
-        "--compile", action="store_true", help="torch.compile too; needs g++; always so on cuda"
+        "--compile",
+        action="store_true",
+        help="torch.compile too, on a CPU without gradients; needs g++",
     )
     parser.add_argument(
         "--out", help="JSON; a .png goes beside it; docs/bench_peers_DEVICE.json, quick nowhere"
@@ -137,7 +141,7 @@ def plan(args):
                 if what == "op":
                     makers = contestants.of_layer(LAYERS[case], task, args.device, args.compile)
                 else:
-                    makers = contestants.of_model(case, task, args.compile)
+                    makers = contestants.of_model(case, task, args.device, args.compile)
                 comparisons.append((what, case, task, makers))
     return comparisons
 

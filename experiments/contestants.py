@@ -29,6 +29,7 @@ IMAGE_SIZE, CLASSES = 256, 1000
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # The contestants that ratios are of and to, and ours of timm's conventions for H1.
 OURS, BASE, OURS_AS_TIMM = "ours", "timm", "ours, timm's H1"
+WITH_GRADIENTS = ("forward and backward", "training step")
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 1e-3, 0.9, 1e-4
 
 
@@ -266,7 +267,7 @@ def _torch_program(module, shape, task, settings, *, channels_last=False, compil
 
     layout = torch.channels_last if channels_last else torch.contiguous_format
     module = module.to(settings.device, memory_format=layout)
-    train = task in ("forward and backward", "training step")
+    train = task in WITH_GRADIENTS
     module.train(train)
     x = torch.randn(shape, device=settings.device).to(memory_format=layout)
     called = torch.compile(module) if compiled else module
@@ -420,7 +421,7 @@ def of_layer(layer, task, device, compiled):
         for name, implementation in implementations.items()
     }
     makers["gather form in JAX"] = functools.partial(gather_layer, layer, task)
-    for name, form in _timm_forms(compiled).items():
+    for name, form in _timm_forms(task, device, compiled).items():
         makers[name] = functools.partial(timm_layer, layer, task, **form)
     makers["kecam"] = functools.partial(kecam_layer, layer, task)
     if layer.stride == 1:
@@ -428,22 +429,26 @@ def of_layer(layer, task, device, compiled):
     return makers
 
 
-def of_model(model, task, compiled):
+def of_model(model, task, device, compiled):
     """Those of a model."""
     makers = {OURS: functools.partial(our_model, model, task)}
     if model == "halonet_h1":
         makers[OURS_AS_TIMM] = functools.partial(our_model, "timm_halonet_h1", task)
-    for name, form in _timm_forms(compiled).items():
+    for name, form in _timm_forms(task, device, compiled).items():
         makers[name] = functools.partial(timm_model, model, task, **form)
     if model == "halonet_h1":
         makers["kecam"] = functools.partial(kecam_model, task)
     return makers
 
 
-def _timm_forms(compiled):
-    """The ways in which PyTorch runs the same, by name, as options of timm_layer and timm_model."""
+def _timm_forms(task, device, compiled):
+    """The ways in which PyTorch runs the same, by name, as options of timm_layer and timm_model.
+
+    On a CPU torch.compile goes without gradients: with two threads the backward pass that PyTorch
+    2.13 compiles for HaloAttn corrupts its heap ("double free"), and takes the whole run with it.
+    """
     forms = {BASE: {}, f"{BASE}, channels_last": {"channels_last": True}}
-    if compiled:
+    if compiled and (device == "cuda" or task not in WITH_GRADIENTS):
         forms[f"{BASE}, compiled"] = {"compiled": True}
         forms[f"{BASE}, compiled, channels_last"] = {"compiled": True, "channels_last": True}
     return forms
