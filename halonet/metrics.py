@@ -37,6 +37,7 @@ class MetricsLog:
         self._mine: list[Row] = [{"step": start_step, "perf/started": 1.0}]
         self._rows += self._mine
         self._path = None
+        self._events_folder = workdir / EVENTS
         self._events: _Events | None = None
         if primary:
             parts = workdir / PARTS
@@ -44,7 +45,6 @@ class MetricsLog:
             number = max((int(path.stem) for path in _part_paths(workdir)), default=-1) + 1
             self._path = parts / f"{number:03d}.jsonl"
             write_whole(self._path, _dump(self._mine))
-            self._events = _Events(workdir / EVENTS)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Adds a row; it is in the file on return.
@@ -62,6 +62,8 @@ class MetricsLog:
             # The whole part anew, for want of append on an object store: 200 bytes a row, so a
             # few hundred kB where rows are as rare as a long run wants them.
             write_whole(self._path, _dump(self._mine))
+            # Not before the first row: by then the devices have their first step to work on.
+            self._events = self._events or _Events(self._events_folder)
             self._events.write(step, {name: row[name] for name in values})
 
     def rows(self) -> list[Row]:
@@ -83,8 +85,8 @@ class MetricsLog:
 class _Events:
     """clu's TensorBoard writer on a thread of its own.
 
-    It brings TensorFlow, for the format of the files, whose import takes longer than the first
-    steps of a small run: on that thread it passes while the main one compiles.
+    It brings TensorFlow, for the format of the files, whose import takes seconds: they shall not
+    stand between the start of a run and its first step.
     """
 
     def __init__(self, folder: epath.Path):

@@ -11,7 +11,27 @@ from collections.abc import Mapping
 
 import jax
 
+# Peak of one device of JAX in dense bfloat16 products, operations per second, by its device_kind.
+# TPUs: the pages of each version at cloud.google.com/tpu/docs, per chip; v2, v3 and 7x show the two
+# cores of a chip as two devices. GPUs: NVIDIA's data sheets of the A100, H100 and H200, without
+# sparsity.
+PEAK_FLOPS = {
+    "TPU v2": 46e12 / 2,
+    "TPU v3": 123e12 / 2,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,  # v5e
+    "TPU v5": 459e12,  # v5p
+    "TPU v6 lite": 918e12,  # v6e
+    "TPU7x": 2307e12 / 2,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
 PREEMPTED = 75  # exit code: saved, start me again (EX_TEMPFAIL)
+_IMPORTED = time.perf_counter()
 
 
 class DistributedError(ValueError):
@@ -83,6 +103,17 @@ def enable_compilation_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", os.path.join(home, "halonet", "xla"))
 
 
+def process_seconds() -> float:
+    """Wall-clock seconds since this process began; beside Linux, since this module was imported."""
+    try:
+        with open("/proc/self/stat") as file:
+            # Behind the name of the program, which may hold anything: proc(5), starttime.
+            ticks = int(file.read().rpartition(")")[2].split()[19])
+    except OSError:
+        return time.perf_counter() - _IMPORTED
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+
+
 class StopSignal:
     """A context in which the first SIGTERM or Ctrl-C is noted, and a second ends the process.
 
@@ -116,6 +147,7 @@ class Progress:
       total: steps of the run.
       start: the step from which this start goes on.
       images_per_step: the global batch.
+      ideal_seconds: for one image, of all devices at their peak; 0 where that is not known.
       enabled: whether this process prints.
       interval: seconds between lines that are not on a terminal.
     """
@@ -126,10 +158,12 @@ class Progress:
         total: int,
         start: int,
         images_per_step: int,
+        ideal_seconds: float = 0.0,
         enabled: bool = True,
         interval: float = 10.0,
     ):
         self._total, self._images, self._enabled = total, images_per_step, enabled
+        self._ideal = ideal_seconds
         self._live = sys.stdout.isatty()
         self._interval = interval
         self._last_print = -1e9
@@ -137,16 +171,21 @@ class Progress:
         self._rate = 0.0
 
     def rates(self, step: int, wait_seconds: float) -> dict[str, float]:
-        """Images per second and the share of the time waiting for data, since the last call."""
+        """What was reached since the last call: names of `perf/` to numbers.
+
+        Images per second, the share of the time waiting for data, and, where `ideal_seconds` is
+        known, the model FLOP utilisation: the share of the devices' peak.
+        """
         now = time.perf_counter()
         then, since_step, since_wait = self._window
         elapsed = max(now - then, 1e-9)
         self._window = (now, step, wait_seconds)
         self._rate = (step - since_step) * self._images / elapsed
-        return {
+        found = {
             "perf/images_per_second": self._rate,
             "perf/data_wait": (wait_seconds - since_wait) / elapsed,
         }
+        return {**found, "perf/mfu": self._rate * self._ideal} if self._ideal else found
 
     def pause(self, seconds: float) -> None:
         """Takes time that was not training (an evaluation) out of the current window."""
@@ -168,6 +207,8 @@ class Progress:
             f"{self._rate:,.0f} images/s  {_duration(left)} left  "
             f"waiting for data {values['perf/data_wait']:.0%}"
         )
+        if "perf/mfu" in values:
+            line += f"  MFU {values['perf/mfu']:.1%}"
         if self._live:
             width = shutil.get_terminal_size().columns
             print(f"\r{line[: width - 1]:<{width - 1}}", end="\n" if done else "", flush=True)

@@ -31,10 +31,13 @@ from halonet.checkpoint import (
 )
 from halonet.data import device, pipeline, transforms
 from halonet.data.errors import DataError
+from halonet.models import HaloNet, cost
 
 # Steps given to the devices ahead of the one whose result was last seen: enough to keep them busy,
 # few enough that the batches waiting there stay small.
 STEPS_IN_FLIGHT = 2
+# Of the last start: the step's compilation, and the process up to its first step.
+STARTUP = ("perf/compile_seconds", "perf/startup_seconds")
 
 
 class NonFinite(FloatingPointError):
@@ -152,7 +155,11 @@ def train_and_evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str,
     eval_step = evaluate_lib.make_eval_step(model, config, mesh)
     profile = _profiler(workdir, start) if config.log.profile else None
     progress = runtime.Progress(
-        total=total, start=start, images_per_step=config.data.batch_size, enabled=primary
+        total=total,
+        start=start,
+        images_per_step=config.data.batch_size,
+        ideal_seconds=_ideal_seconds(model, config.data.image_size, mesh),
+        enabled=primary,
     )
 
     def record(step: int, metrics: steps.Metrics, *, write: bool = True) -> None:
@@ -207,6 +214,9 @@ def train_and_evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str,
         for step in range(start + 1, total + 1):
             state, metrics = train_step(state, next(batches))
             # From here on the devices have work: what earlier steps returned may be read.
+            if step == start + 1:
+                measured = (seconds, runtime.process_seconds())
+                log.write(start, dict(zip(STARTUP, measured, strict=True)))
             if unrecorded:
                 record(*unrecorded)
             in_flight.append(metrics["loss"])
@@ -259,6 +269,14 @@ def _abstract_batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict[str, An
     n, size = config.data.batch_size, config.data.image_size
     shape = functools.partial(jax.ShapeDtypeStruct, sharding=sharding.batch_sharding(mesh))
     return {"image": shape((n, size, size, 3), "uint8"), "label": shape((n,), "int32")}
+
+
+def _ideal_seconds(model: HaloNet, size: int, mesh: jax.sharding.Mesh) -> float:
+    """Seconds of a training step for one image, were all devices at their peak; 0: not known."""
+    peak = runtime.PEAK_FLOPS.get(mesh.devices.flat[0].device_kind, 0.0)
+    multiply_adds = sum(part.cost.total for part in cost.cost(model, size, size))
+    # The backward pass multiplies twice as much; what is computed again (remat) does not count.
+    return 3 * 2 * multiply_adds / (peak * mesh.size) if peak else 0.0
 
 
 def _check_same_data(saved: dict[str, Any], now: dict[str, Any], workdir: epath.Path) -> None:
@@ -317,6 +335,9 @@ def _introduce(
         f"{config.data.batch_size} images each, on {mesh.size} {jax.default_backend()} device(s), "
         f"into {workdir}"
     )
+    kind = mesh.devices.flat[0].device_kind
+    if kind not in runtime.PEAK_FLOPS:
+        progress.say(f"no perf/mfu: the peak of a {kind!r} is not in halonet.runtime.PEAK_FLOPS")
     if start:
         progress.say(f"going on from the checkpoint of step {start}")
 
@@ -326,15 +347,19 @@ def _summarise(
 ) -> dict[str, Any]:
     """What summary.json holds: the last evaluation, the best one, size and speed."""
     evaluations = [row for row in rows if "eval/top1" in row]
-    rates = [row["perf/images_per_second"] for row in rows if "perf/images_per_second" in row]
     best = metrics_lib.best_steps(rows, 1)[0]
+    medians = {}
+    for name in ("perf/images_per_second", "perf/data_wait", "perf/mfu"):
+        if values := sorted(row[name] for row in rows if name in row):
+            medians[name] = values[len(values) // 2]
     return {
         "step": total,
         **{name: value for name, value in evaluations[-1].items() if name.startswith("eval/")},
         "best/step": best,
         "best/top1": max(row["eval/top1"] for row in evaluations if row["step"] == best),
         "parameters": int(parameter_overview.count_parameters(params)),
-        "perf/images_per_second": sorted(rates)[len(rates) // 2],
+        **medians,
+        **{name: row[name] for row in rows for name in STARTUP if name in row},
         "perf/seconds": seconds,
     }
 

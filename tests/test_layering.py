@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import resource
 import subprocess
 import sys
 
@@ -283,3 +284,15 @@ def test_import_brings_neither_tensorflow_nor_grain():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.middle
+def test_import_is_quick():
+    """In seconds of the processor, which a busy machine does not stretch as it does the clock."""
+    taken = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "-c", "import halonet"], cwd=ROOT, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        taken.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(taken) < 2

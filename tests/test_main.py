@@ -1,5 +1,6 @@
 """The command line: what cannot run is refused in one line, with the exit code that says why."""
 
+import json
 import os
 import pathlib
 import re
@@ -202,3 +203,29 @@ def test_process_ends_with_one_line(tmp_path, arguments, message):
     assert line_of(done.stderr) == message
     assert done.returncode == 2
     assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.middle
+def test_a_warm_start_is_quick(tmp_path):
+    """The digits run, in a new folder, with the programs that an earlier process has compiled."""
+    cache = tmp_path / "cache" / "halonet" / "xla"
+    variables = {**os.environ, "XLA_FLAGS": "", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    del variables["JAX_COMPILATION_CACHE_DIR"]
+    compiled, seconds = [], []
+    for start in ("cold", "warm"):
+        subprocess.run(
+            [
+                *(sys.executable, ROOT / "main.py", "--config=configs/demo.py"),
+                *(f"--workdir={tmp_path / start}", "--config.train.steps=2"),
+            ],
+            cwd=ROOT,
+            env=variables,
+            capture_output=True,
+            check=True,
+        )
+        compiled.append({path.name for path in cache.glob("*-cache")})
+        summary = json.loads((tmp_path / start / "summary.json").read_text())
+        seconds.append(summary["perf/startup_seconds"])
+    assert any(name.startswith("jit_train_step") for name in compiled[0])
+    assert compiled[0] == compiled[1]
+    assert seconds[1] < min(30, seconds[0])

@@ -195,6 +195,37 @@ def test_rates(clock):
     assert watch.rates(31, 2.5) == rates(1 * 32 / 2, 1.5 / 2)
 
 
+def test_model_flop_utilisation_where_the_peak_is_known(clock, capsys):
+    watch = progress(ideal_seconds=1 / 500)
+    clock[0] += 4.0
+    found = watch.rates(10, 1.0)
+    assert found == {**rates(80, 1 / 4), "perf/mfu": pytest.approx(80 / 500)}
+    watch.show(10, {**row(), **found})
+    assert capsys.readouterr().out.endswith("waiting for data 25%  MFU 16.0%\n")
+
+
+def test_peaks_are_those_of_a_device():
+    # A core of a v3, whose chip has two; bfloat16 and not the 1,979 with sparsity.
+    assert runtime.PEAK_FLOPS["TPU v3"] == 61.5e12
+    assert runtime.PEAK_FLOPS["NVIDIA H100 80GB HBM3"] == 989e12
+    assert "cpu" not in runtime.PEAK_FLOPS
+
+
+def test_seconds_of_the_process():
+    code = (
+        "import time; began = time.perf_counter()\n"
+        "from halonet import runtime\n"
+        "print(time.perf_counter() - began, runtime.process_seconds())\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    outside = time.perf_counter() - began
+    inside, found = map(float, done.stdout.split())
+    tick = 1 / os.sysconf("SC_CLK_TCK")
+    assert inside - tick <= found <= outside + tick
+
+
 def test_pause_is_not_training(clock):
     watch = progress()
     clock[0] += 10.0
