@@ -66,7 +66,7 @@ test: install
 	@$(RUN) -m pytest -q -n $(JOBS) -m "not middle and not long" $(ARGS)
 
 middle: install
-	@$(RUN) -m pytest -q -m middle $(ARGS)
+	@$(RUN) -m pytest -q -m "middle and not long" $(ARGS)
 
 long: install
 	@$(RUN) -m pytest -q -n $(JOBS) -m long --record=tests/records/long.json $(ARGS)
@@ -76,7 +76,7 @@ parity: $(PEERS)/installed $(MINDCV)/installed
 	@PYTHONPATH=. $(PEERS)/bin/python -m pytest -q tests/parity \
 	  --record=tests/records/parity.json $(ARGS)
 
-# For times to keep, on a machine that does nothing else. ARGS=--quick shows in a minute that it runs.
+# For times to keep, on a machine that does nothing else. ARGS=--quick shows in minutes that it runs.
 bench: $(PEERS)/installed
 	@PYTHONPATH=. $(PEERS)/bin/python -m experiments.bench_peers $(ARGS)
 
