@@ -1,6 +1,6 @@
 """Training end to end: what it leaves behind, and that an interruption changes nothing."""
 
-import collections
+import contextlib
 import json
 import os
 import signal
@@ -9,9 +9,11 @@ import jax
 import numpy as np
 import pytest
 
-from halonet import checkpoint, metrics, train
+from halonet import checkpoint, metrics, runtime, train
 from halonet.config import ConfigError
 from halonet.data.errors import DataError
+from halonet.models import create_model
+from halonet.models.cost import cost
 from halonet.runtime import Interrupted
 from tests.small_run import small_config
 
@@ -190,31 +192,110 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
         train.train_and_evaluate(config, tmp_path / "run")
 
 
-def test_each_step_is_traced_once(tmp_path, monkeypatch):
-    """Over several evaluations and checkpoints. Without averages, which nothing else here does."""
-    traced = collections.Counter()
+@contextlib.contextmanager
+def observed():
+    """Yields a list of what happens inside, in order.
 
-    def counted(name):
-        step = getattr(train.steps, name)
+    ("compile", name); ("step", number), where one is dispatched; ("read", number), where the host
+    waits for something that this step returned.
+    """
+    events, outputs = [], {}
+    array = type(jax.numpy.zeros(()))
+    value, wait, call = array._value, array.block_until_ready, jax.stages.Compiled.__call__
 
-        def counting(*args, **kwargs):
-            traced[name] += 1
-            return step(*args, **kwargs)
+    def compiled(name, _, **details):
+        if name == "/jax/core/compile/backend_compile_duration":
+            events.append(("compile", details["fun_name"]))
 
-        return counting
+    def step(self, *args):
+        number = len([event for event in events if event[0] == "step"]) + 1
+        events.append(("step", number))
+        result = call(self, *args)
+        # The arrays are kept: an id is taken again once its owner is gone.
+        outputs.update((id(leaf), (number, leaf)) for leaf in jax.tree.leaves(result))
+        return result
 
-    for name in ("train_step", "eval_step"):
-        monkeypatch.setattr(train.steps, name, counted(name))
+    def read(leaf):
+        if id(leaf) in outputs:
+            events.append(("read", outputs[id(leaf)][0]))
+
+    jax.monitoring.register_event_duration_secs_listener(compiled)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(array, "_value", property(lambda self: (read(self), value.fget(self))[1]))
+        patch.setattr(array, "block_until_ready", lambda self: (read(self), wait(self))[1])
+        patch.setattr(jax.stages.Compiled, "__call__", step)
+        yield events
+    jax.monitoring.unregister_event_duration_listener(compiled)
+
+
+def late_compilations(events, step=1):
+    """What was compiled after a step was dispatched."""
+    return [name for kind, name in events[events.index(("step", step)) :] if kind == "compile"]
+
+
+def early_reads(events):
+    """The steps of which something was read before the next one was dispatched."""
+    steps = [events.index(event) for event in events if event[0] == "step"]
+    ends = [*steps[1:], len(events)]
+    return {
+        number
+        for number, (start, end) in enumerate(zip(steps, ends, strict=True), start=1)
+        if ("read", number) in events[start:end]
+    }
+
+
+def test_no_late_compilation_and_no_early_read(tmp_path, monkeypatch):
+    """Over evaluations, checkpoints and a resumption. Without averages, as nothing else here is."""
+    monkeypatch.setitem(runtime.PEAK_FLOPS, "cpu", 1e12)
     config = small_config(
-        **{"train.steps": 6, "train.ema_decay": 0.0, "eval.every_steps": 2, "mesh.fsdp": 2}
+        **{"train.steps": 9, "train.ema_decay": 0.0, "eval.every_steps": 3, "mesh.fsdp": 2},
+        **{"log.every_steps": 1},
     )
     workdir = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        crash_after_saving(4, patch)
+    with monkeypatch.context() as patch, observed() as first:
+        crash_after_saving(6, patch)
         with pytest.raises(CrashError):
             train.train_and_evaluate(config, workdir)
-    assert traced == {"train_step": 1, "eval_step": 1}
-    assert "ema" not in {path.split("'")[1] for path in saved_arrays(workdir, 4)}
-    train.train_and_evaluate(config, workdir)
-    assert traced == {"train_step": 2, "eval_step": 2}
-    assert [row["step"] for row in metrics.read_metrics(workdir) if "eval/top1" in row] == [2, 4, 6]
+    # The evaluation's, and Orbax's slices of replicated arrays: once, where they are first due.
+    assert set(late_compilations(first)) == {"jit(eval_step)", "jit(slice)"}
+    assert late_compilations(first).count("jit(eval_step)") == 1
+    assert late_compilations(first, step=4) == []
+    # Saved ones are: the record is to know of every checkpoint.
+    assert early_reads(first) == {3, 6}
+    assert {number for kind, number in first if kind == "read"} >= {1, 2, 3, 4, 5, 6}
+    assert "ema" not in {path.split("'")[1] for path in saved_arrays(workdir, 6)}
+
+    with observed() as second:
+        summary = train.train_and_evaluate(config, workdir)
+    assert late_compilations(second) == late_compilations(second, step=3)
+    assert early_reads(second) == {3}
+    rows = metrics.read_metrics(workdir)
+    assert [row["step"] for row in rows if "eval/top1" in row] == [3, 6, 9]
+
+    started = [row for row in rows if "perf/startup_seconds" in row]
+    assert [row["step"] for row in started] == [0, 6]
+    assert 0 < started[1]["perf/compile_seconds"] < started[1]["perf/startup_seconds"]
+    assert summary["perf/startup_seconds"] == started[1]["perf/startup_seconds"]
+    multiply_adds = sum(part.cost.total for part in cost(create_model("halonet_tiny"), 32, 32))
+    multiply_adds -= 64 * 2 * 990  # ten classes and not a thousand
+    for row in (row for row in rows if "train/loss" in row):
+        peak = 8 * 1e12 / (3 * 2 * multiply_adds)
+        assert row["perf/mfu"] == pytest.approx(row["perf/images_per_second"] / peak)
+
+
+@pytest.mark.middle
+def test_an_early_read_would_be_noticed(monkeypatch, tmp_path):
+    monkeypatch.setattr(train, "STEPS_IN_FLIGHT", 0)
+    settings = {"train.steps": 3, "train.ema_decay": 0.0, "eval.every_steps": 3, "mesh.fsdp": 2}
+    with observed() as events:
+        train.train_and_evaluate(small_config(**settings), tmp_path / "run")
+    assert early_reads(events) == {1, 2, 3}
+
+
+def test_a_late_compilation_would_be_noticed():
+    with observed() as events:
+        step = jax.jit(lambda x: x + 1).lower(1.0).compile()
+        step(1.0)
+        jax.jit(lambda x: x * 2)(np.ones(3))
+    assert late_compilations(events) == ["jit(<lambda>)"]
+    assert late_compilations(events[:-1]) == []
