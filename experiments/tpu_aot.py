@@ -304,16 +304,19 @@ def operations(hlo: str, kernels: dict[str, int]) -> Iterator[Operation]:
             operands = re.findall(r"%([\w.\-]+)", _arguments(line[found.end() :]))
             cycles = re.search(r'"estimated_cycles":"(\d+)"', line)
             op_name = re.search(r'op_name="([^"]*)"', line)
-            # A copy that is started holds both ends, and all that XLA shows of it is that.
-            own = _hbm_bytes(shape)
-            if not kind.endswith("-start"):
-                own += sum(_hbm_bytes(shapes[operand]) for operand in operands if operand in shapes)
+            if kind.endswith("-start"):
+                # It holds both ends: what moves is no more than the smaller one.
+                ends = [_hbm_bytes(array[0], True) for array in re.finditer(_ARRAY, shape)]
+                moved = min((size for size in ends if size > 8), default=0)
+            else:
+                moved = _hbm_bytes(shape)
+                moved += sum(_hbm_bytes(shapes[it]) for it in operands if it in shapes)
             yield Operation(
                 name=name,
                 kind=kind,
                 times=times,
                 cycles=kernels.get(name, int(cycles[1]) if cycles else 0),
-                bytes=own,
+                bytes=moved,
                 op_name=op_name[1] if op_name else "",
                 shape=shape,
             )

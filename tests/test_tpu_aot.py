@@ -31,6 +31,9 @@ HloModule jit_f, is_scheduled=true
 ENTRY %main (x: bf16[16,64]) -> bf16[16,64] {
   %x = bf16[16,64]{1,0:T(8,128)(2,1)} parameter(0)
   %near = bf16[16,64]{1,0:T(8,128)(2,1)S(1)} copy(%x), backend_config={"estimated_cycles":"5"}
+  %copy-start.4 = (bf16[16,64]{1,0:T(8,128)(2,1)S(1)}, bf16[16,64]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}) copy-start(%x)
+  %copy-done.4 = bf16[16,64]{1,0:T(8,128)(2,1)S(1)} copy-done(%copy-start.4)
+  %slice-start.5 = ((bf16[16,64]{1,0:T(8,128)(2,1)}), bf16[4,64]{1,0:T(8,128)(2,1)S(1)}, s32[]{:S(2)}) slice-start(%x)
   %halo.2 = bf16[16,64]{1,0:T(8,128)(2,1)} custom-call(%near), custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/halo"}
   %while = (s32[], bf16[16,64]{1,0:T(8,128)(2,1)}) while(%halo.2), condition=%condition, body=%body
   ROOT %all-reduce.3 = f32[10,2]{1,0:T(8,128)} all-reduce(%halo.2), to_apply=%body
@@ -45,7 +48,14 @@ def operations(hlo=HLO):
 
 def test_operations_are_those_that_run():
     found = operations()
-    assert list(found) == ["near", "halo.2", "fusion.1", "all-reduce.3"]
+    assert list(found) == [
+        "near",
+        "copy-start.4",
+        "slice-start.5",
+        "halo.2",
+        "fusion.1",
+        "all-reduce.3",
+    ]
     assert (found["fusion.1"].times, found["fusion.1"].cycles) == (11, 70)
     assert found["fusion.1"].op_name == "jit(f)/sin"
     assert (found["halo.2"].kind, found["halo.2"].cycles) == ("kernel", 1234)
@@ -56,6 +66,8 @@ def test_bytes_are_those_of_hbm_with_the_padding_of_tiles():
     assert found["near"].bytes == TILED  # read; what it makes lies in the chip's own memory
     assert found["halo.2"].bytes == TILED
     assert found["fusion.1"].bytes == 2 * TILED
+    assert found["copy-start.4"].bytes == 16 * 64 * 2
+    assert found["slice-start.5"].bytes == 4 * 64 * 2
 
 
 def test_sums_of_a_program():
