@@ -28,6 +28,7 @@ from halonet.models.block import (
 )
 from halonet.models.hybrids import CHANNEL_ATTENTIONS
 from halonet.models.layers import BatchNorm, Conv1x1, he_normal, matmul_precision
+from halonet.models.pool import max_pool
 from halonet.ops import BORDERS, IMPLEMENTATIONS, POSITIONS
 
 STEM_POOLS = ("none", "max", "max_zeros")
@@ -357,10 +358,10 @@ class HaloNet(nn.Module):
             x = ACTIVATIONS[self.activation](x)
         if self.stem_pool == "none":
             return x
-        around = ((1, 1), (1, 1))
-        if self.stem_pool == "max_zeros":
-            x, around = jnp.pad(x, ((0, 0), *around, (0, 0))), "VALID"
-        return nn.max_pool(x, (3, 3), strides=(2, 2), padding=around)
+        if self.stem_pool == "max":
+            return max_pool(x)
+        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        return nn.max_pool(x, (3, 3), strides=(2, 2))
 
 
 def _of_stage(ratio: float | Sequence[float], stage: int) -> float:
