@@ -391,8 +391,10 @@ def _empty_dump() -> None:
 
 
 _BUNDLE = re.compile(r"^\s*(?:0x)?[0-9a-f]+\s+([A-Z]{2})?\s*:\s*(>*)\s*\{(.*)")
-_EXIT = re.compile(r"= scmp\.ge\.\S+ (?:\(\S+\), )?%(\w+), (\d+) /\* loop exit test")
-_PHI = re.compile(r"%(\w+) = sphi %(\w+), %(\w+)( /\*[^;]*iteration index, stage)?")
+_EXIT = r"= scmp\.ge\.\S+ (?:\(\S+\), )?%(\w+), (\d+) /\* loop exit test"
+_STEP = r"%(\w+) = sadd\.s32 (?:\(\S+\), )?(\d+), %(\w+)"
+_START = r"%(\w+) = sphi %(\w+),"
+_CONSTANT = r"%(\w+) = smov (?:\(\S+\), )?(\d+)\b"
 
 
 def bundles(text: str) -> int:
@@ -404,15 +406,22 @@ def bundles(text: str) -> int:
     Raises:
       NotImplementedError: for a loop whose trips depend on data.
     """
-    exits = {name: int(bound) for name, bound in _EXIT.findall(text)}
-    constants = {
-        name: int(value) for name, value in re.findall(r"%(\w+) = smov (?:\(\S+\), )?(\d+)\b", text)
+    constants, starts = dict(re.findall(_CONSTANT, text)), dict(re.findall(_START, text))
+    # Of the counters: their steps and where they start; zero is not always written as a constant.
+    counters = {
+        new: (int(step), int(constants.get(starts.get(old, ""), 0)))
+        for new, step, old in re.findall(_STEP, text)
     }
-    steps = {
-        (new, old): int(step)
-        for new, step, old in re.findall(r"%(\w+) = sadd\.s32 (?:\(\S+\), )?(\d+), %(\w+)", text)
-    }
-    total, loops = 0, []
+    # Cycles of one trip, and trips, of the loops around the bundle.
+    loops: list[list] = [[0, 1]]
+
+    def leave(depth: int) -> None:
+        while len(loops) > depth + 1:
+            cycles, trips = loops.pop()
+            if trips is None:
+                raise NotImplementedError("a loop of the kernel has no constant number of trips")
+            loops[-1][0] += cycles * trips
+
     for line in text.splitlines():
         found = _BUNDLE.match(line)
         if not found:
@@ -420,23 +429,19 @@ def bundles(text: str) -> int:
         mark, depth, content = found[1], len(found[2]), found[3]
         # Bundles without any instruction have no depth of their own.
         if content.split("}")[0].strip() or depth:
-            del loops[depth:]
+            leave(depth)
         if mark == "LB":
-            del loops[depth - 1 :]
-            loops.append(_kernel_trips(content, exits, constants, steps))
-        delay = re.search(r"\bvdelay (\d+)", content)
-        total += math.prod(loops) * (1 + (int(delay[1]) if delay else 0))
-    return total
-
-
-def _kernel_trips(
-    first: str, exits: dict[str, int], constants: dict[str, int], steps: dict[tuple[str, str], int]
-) -> int:
-    """Trips of the loop that begins with the bundle `first`."""
-    for counter, start, new, pipelined in _PHI.findall(first):
-        if new in exits and start in constants and (new, counter) in steps:
-            trips = -(-(exits[new] - constants[start]) // steps[new, counter])
+            leave(depth - 1)
+            loops.append([0, None])
+        for counter, bound in re.findall(_EXIT, content):
+            step, start = counters[counter]
+            # An outer loop may test for its end in the body of an inner one that has done so.
+            depth = max(n for n, loop in enumerate(loops) if loop[1] is None)
+            trips = -(-(int(bound) - start) // step)
             # The grid's loop has two more trips, to fill and to drain its pipeline; its body is
             # skipped in one of them each.
-            return max(1, trips - 2) if pipelined else trips
-    raise NotImplementedError("a loop of the kernel does not run a constant number of times")
+            loops[depth][1] = trips if depth > 1 else max(1, trips - 2)
+        delay = re.search(r"\bvdelay (\d+)", content)
+        loops[-1][0] += 1 + (int(delay[1]) if delay else 0)
+    leave(0)
+    return loops[0][0]
