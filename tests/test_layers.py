@@ -1,5 +1,6 @@
 """Grouped batch normalisation against NumPy, and the 1x1 convolution."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from halonet.models.layers import (
     BatchNorm,
     Conv1x1,
+    HalvingConv,
     average_pool,
     matmul_precision,
     narrow_product,
@@ -137,3 +139,23 @@ def test_a_narrow_product_keeps_the_gradient_of_its_kernel():
     assert np.abs(plain[2] - exact).max() > 1e-2
     np.testing.assert_array_equal((y, to_x), plain[:2])
     assert (y.dtype, to_x.dtype, to_kernel.dtype) == (x.dtype, x.dtype, kernel.dtype)
+
+
+@pytest.mark.parametrize(("size", "height", "width"), [(7, 8, 10), (5, 7, 8), (3, 5, 7), (1, 4, 5)])
+def test_a_halving_convolution_is_a_convolution_of_stride_2(size, height, width):
+    images = jax.random.normal(jax.random.key(0), (2, height, width, 3))
+    options = {"strides": 2, "padding": size // 2, "use_bias": False, "precision": "highest"}
+    plain, halving = nn.Conv(4, (size, size), **options), HalvingConv(4, size)
+    variables = halving.init(jax.random.key(1), images)
+    assert jax.tree.map(jnp.shape, variables) == {"params": {"kernel": (size, size, 3, 4)}}
+
+    def run(layer):
+        out, pull = jax.vjp(lambda variables, images: layer.apply(variables, images), *given)
+        return out, pull(jnp.cos(out))
+
+    given = variables, images
+    jax.tree.map(
+        lambda ours, right: np.testing.assert_allclose(ours, right, rtol=1e-5, atol=1e-5),
+        run(halving),
+        run(plain),
+    )

@@ -27,7 +27,13 @@ from halonet.models.block import (
     stage_plan,
 )
 from halonet.models.hybrids import CHANNEL_ATTENTIONS
-from halonet.models.layers import BatchNorm, Conv1x1, he_normal, matmul_precision
+from halonet.models.layers import (
+    BatchNorm,
+    Conv1x1,
+    HalvingConv,
+    he_normal,
+    matmul_precision,
+)
 from halonet.models.pool import max_pool
 from halonet.ops import BORDERS, IMPLEMENTATIONS, POSITIONS
 
@@ -343,17 +349,21 @@ class HaloNet(nn.Module):
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         layers = zip(self.stem_widths, self.stem_strides, strict=True)
         for number, (width, stride) in enumerate(layers, start=1):
-            x = nn.Conv(
-                width,
-                (self.stem_kernel, self.stem_kernel),
-                strides=stride,
-                padding=self.stem_kernel // 2,
-                use_bias=False,
-                kernel_init=he_normal,
-                precision=matmul_precision(self.dtype),
-                name=f"stem_conv{number}",
-                **dtypes,
-            )(x)
+            name = f"stem_conv{number}"
+            if number == 1:
+                x = HalvingConv(width, self.stem_kernel, name=name, **dtypes)(x)
+            else:
+                x = nn.Conv(
+                    width,
+                    (self.stem_kernel, self.stem_kernel),
+                    strides=stride,
+                    padding=self.stem_kernel // 2,
+                    use_bias=False,
+                    kernel_init=he_normal,
+                    precision=matmul_precision(self.dtype),
+                    name=name,
+                    **dtypes,
+                )(x)
             x = BatchNorm(self.bn_group, name=f"stem_bn{number}", **dtypes)(x, train=train)
             x = ACTIVATIONS[self.activation](x)
         if self.stem_pool == "none":
