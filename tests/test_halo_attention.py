@@ -325,6 +325,11 @@ class TestRows(Contract):
 class TestPacked(Contract):
     implementation = "xla_packed"
 
+    @pytest.mark.middle
+    @pytest.mark.parametrize("seed", range(20))
+    def test_any_size(self, seed):
+        self.check_any_size(seed)
+
 
 @pytest.mark.middle
 class TestPallasTpu(Contract):
