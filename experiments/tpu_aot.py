@@ -46,6 +46,9 @@ os.environ["LIBTPU_INIT_ARGS"] = " ".join(
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 # Or else the host is asked over the network what kind of TPU machine it is.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+if not jax.config.jax_platforms:
+    # Or else JAX would want to run on the TPU for which libtpu is installed.
+    jax.config.update("jax_platforms", "cpu")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What does a training step cost on a TPU, and where do its cycles go?
 
     python -m experiments.tpu_cost --model=halonet_h0 --image_size=256 --batch=16 \\
-        --topology=v5e:2x2 [--implementation=pallas_tpu] [--out=FILE.json]
+        --topology=v5e:2x2 [--implementation=xla_packed] [--out=FILE.json]
     python -m experiments.tpu_cost --calibrate [--match=v3]     # writes docs/tpu_calibration.txt
 
 Compiles the training step of `halonet.steps` for the chip and runs nothing, so any machine will do;
@@ -39,7 +39,7 @@ flags.DEFINE_integer("image_size", 256, "pixels of the square images", lower_bou
 flags.DEFINE_integer("batch", 16, "images per device", lower_bound=1)
 flags.DEFINE_string("topology", "v5e:2x2", "a slice of TPUs, see experiments.tpu_aot.topology")
 flags.DEFINE_bool("one", True, "compile for one device of the topology; else for all of them")
-flags.DEFINE_string("implementation", "", "of halo attention; empty is the default on a TPU")
+flags.DEFINE_string("implementation", "pallas_tpu", "of halo attention")
 flags.DEFINE_integer("bn_group", 0, "examples per group of batch-norm statistics", lower_bound=0)
 flags.DEFINE_enum("optimizer", "sgd", ["sgd", "adamw"], "sgd has momentum")
 flags.DEFINE_integer("top", 20, "operations to print, the dearest first", lower_bound=0)
@@ -58,7 +58,7 @@ class Setup:
     image_size: int
     batch: int
     topology: str
-    implementation: str = ""
+    implementation: str = "pallas_tpu"
     one: bool = True
     bn_group: int = 0
     optimizer: str = "sgd"
@@ -112,8 +112,7 @@ def compile_step(setup: Setup) -> tpu_aot.Program:
     model = create_model(
         setup.model,
         dtype=jnp.bfloat16,
-        # The default is that of this machine's platform, which is none of a TPU's.
-        implementation=setup.implementation or "xla_packed",
+        implementation=setup.implementation,
         bn_group=setup.bn_group,
     )
     schedule = optax.constant_schedule(0.1)
@@ -218,7 +217,7 @@ def report(setup: Setup, program: tpu_aot.Program) -> dict:
 def show(found: dict, program: tpu_aot.Program, top: int) -> None:
     """Prints a report."""
     cycles, memory, chip = found["million_cycles"], found["memory_mb"], program.chip
-    print(", ".join(f"{key} {value}" for key, value in found["setup"].items() if value != ""))
+    print(", ".join(f"{key} {value}" for key, value in found["setup"].items()))
     print(f"of a device ({chip.devices} per chip), clock {chip.gigahertz:.2f} GHz:")
     print("  memory, MB    " + "  ".join(f"{k} {v:.0f}" for k, v in memory.items()))
     total = cycles["xla"] + cycles["kernels"]
