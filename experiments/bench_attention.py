@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from experiments.layer_shapes import layer_shapes
-from halonet.ops import IMPLEMENTATIONS, halo_attention
+from halonet.ops import IMPLEMENTATIONS, halo_attention, table_size
 
 FLAGS = flags.FLAGS
 flags.DEFINE_bool("quick", False, "only the tiny shapes and H0, three runs of each")
@@ -38,7 +38,7 @@ flags.DEFINE_float("memory", 6.0, "GB that one program may take, by estimate", l
 
 def inputs(shape, n, dtype):
     """Random arguments of the op and a cotangent."""
-    queries, table = shape.side // shape.stride, 2 * shape.block + 2 * shape.halo - 1
+    queries, table = shape.side // shape.stride, table_size(shape.block, shape.halo)
     sizes = [
         (n, queries, queries, shape.heads, shape.d_k),
         (n, shape.side, shape.side, shape.heads, shape.d_k),
