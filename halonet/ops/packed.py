@@ -67,7 +67,9 @@ def halo_attention_packed(
     col_logits = jnp.pad(col_logits, beyond, constant_values=nothing)
 
     # Position logits enter through the product, as in `halonet.ops.xla`.
-    q_nrCaql = jnp.tile(scaled.reshape(n, rows, -1, packed, side * side, d_k), packed)
+    q_nrycxgl = (q * d_k**-0.5).reshape(n, rows, side, cols, side, groups, packed * d_k)
+    q_nrcgyxl = q_nrycxgl.transpose(0, 1, 3, 5, 2, 4, 6)
+    q_nrCaql = q_nrcgyxl.reshape(n, rows, -1, 1, side * side, packed * d_k)
     q_nrCaql = q_nrCaql * _lanes_of_heads(packed, d_k, dtype)
     positions = jnp.concatenate([row_logits, col_logits], -1).astype(dtype)
     flat = (*blocks, groups, packed * side * side)
