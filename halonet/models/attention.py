@@ -9,7 +9,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from halonet.models.layers import Conv1x1, average_pool, matmul_precision
+from halonet.models.layers import (
+    Conv1x1,
+    Kernel1x1,
+    average_pool,
+    matmul_precision,
+    product1x1,
+)
 from halonet.ops import halo_attention, table_size
 
 DOWNSAMPLES = ("queries", "pool")
@@ -78,16 +84,20 @@ class HaloAttention(nn.Module):
         pool = self.downsample == "pool" and self.stride > 1
         stride = 1 if pool else self.stride
 
-        def project(name: str, head_dim: int, stride: int = 1) -> Float[Array, "n h w heads d"]:
-            y = Conv1x1(
-                self.heads * head_dim,
-                stride=stride,
-                kernel_init=self.kernel_init,
-                dtype=self.dtype,
-                param_dtype=self.param_dtype,
-                name=name,
-            )(x)
-            return y.reshape(*y.shape[:3], self.heads, head_dim)
+        weights = {"kernel_init": self.kernel_init, "param_dtype": self.param_dtype}
+        key_width, value_width = self.heads * self.head_dim, self.heads * value_head_dim
+        query = Conv1x1(key_width, stride=stride, dtype=self.dtype, name="query", **weights)(x)
+        # Keys and values in one product: the input is read once, and they lie side by side as the
+        # fused kernel takes them.
+        kernels = [
+            Kernel1x1(width, name=name, **weights)(x.shape[-1])
+            for name, width in (("key", key_width), ("value", value_width))
+        ]
+        keys_values = product1x1(x.astype(self.dtype), jnp.concatenate(kernels, 1))
+        query, key, value = (
+            y.reshape(*y.shape[:3], self.heads, -1)
+            for y in (query, *jnp.split(keys_values, [key_width], -1))
+        )
 
         # The standard deviation that the BoTNet authors meant: their code passed it as the mean.
         table_init = nn.initializers.normal(self.head_dim**-0.5)
@@ -96,9 +106,9 @@ class HaloAttention(nn.Module):
         row_table = self.param("row_table", table_init, table_shape, self.param_dtype)
         col_table = self.param("col_table", table_init, table_shape, self.param_dtype)
         y = halo_attention(
-            project("query", self.head_dim, stride),
-            project("key", self.head_dim),
-            project("value", value_head_dim),
+            query,
+            key,
+            value,
             row_table.astype(self.dtype),
             col_table.astype(self.dtype),
             block=self.block_size,

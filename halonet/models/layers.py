@@ -54,6 +54,32 @@ def _narrow_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array
 narrow_product.defvjp(_narrow_forward, _narrow_backward)
 
 
+def product1x1(x: Float[Array, "n h w c"], kernel: Float[Array, "c f"]) -> Array:
+    """A 1x1 convolution as a matrix product, in the dtype of x: (N, H, W, C) -> (N, H, W, F)."""
+    *pixels, channels = x.shape
+    # Flat, because XLA's CPU backend transposes a whole activation for the kernel's gradient where
+    # it has to contract three axes; one it contracts in place, at twice the speed.
+    x = x.reshape(-1, channels)
+    precision = matmul_precision(x.dtype)
+    if precision == jax.lax.Precision.DEFAULT:
+        y = narrow_product(x, kernel)
+    else:
+        y = jnp.dot(x, kernel.astype(x.dtype), precision=precision)
+    return y.reshape(*pixels, kernel.shape[-1])
+
+
+class Kernel1x1(nn.Module):
+    """The parameter of a 1x1 convolution alone, for kernels that share a product."""
+
+    features: int
+    kernel_init: Callable = he_normal
+    param_dtype: jax.typing.DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, channels: int) -> Float[Array, "c f"]:
+        return self.param("kernel", self.kernel_init, (channels, self.features), self.param_dtype)
+
+
 class Conv1x1(nn.Module):
     """A 1x1 convolution without bias: (N, H, W, C) -> (N, H/stride, W/stride, features).
 
@@ -69,19 +95,11 @@ class Conv1x1(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 f"]:
+        shape = (x.shape[-1], self.features)
+        kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
         if self.stride > 1:
             x = x[:, :: self.stride, :: self.stride]
-        *pixels, channels = x.shape
-        kernel = self.param("kernel", self.kernel_init, (channels, self.features), self.param_dtype)
-        # Flat, because XLA's CPU backend transposes a whole activation for the kernel's gradient
-        # where it has to contract three axes; one it contracts in place, at twice the speed.
-        x = x.reshape(-1, channels).astype(self.dtype)
-        precision = matmul_precision(self.dtype)
-        if precision == jax.lax.Precision.DEFAULT:
-            y = narrow_product(x, kernel)
-        else:
-            y = jnp.dot(x, kernel.astype(self.dtype), precision=precision)
-        return y.reshape(*pixels, self.features)
+        return product1x1(x.astype(self.dtype), kernel)
 
 
 class HalvingConv(nn.Module):
