@@ -32,7 +32,7 @@ LANES, SUBLANES = 128, 8  # of a register
 # Weighs nothing in a softmax, and the sum of two is finite.
 NOTHING = -1e30
 UNITS_AT_ONCE = 8  # that the scheduler is given
-BLOCKS_AT_ONCE = 4  # at most, or else the program would be too long
+BLOCKS_AT_ONCE = 2  # at most, or else the program would be too long
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +111,6 @@ class Layout:
 
 def forward_kernel(layout: Layout, q_ref, above, here, below, tables_ref, out_ref, sums_ref):
     strip, of_keys, of_values = pl.program_id(1), (0, layout.d_k), (layout.c_k, layout.d_v)
-    k_registers, v_registers = layout.registers(*of_keys), layout.registers(*of_values)
 
     @_for_each_block(layout)
     def _(col):
@@ -120,17 +119,18 @@ def forward_kernel(layout: Layout, q_ref, above, here, below, tables_ref, out_re
         q_units = _to_units(layout, _read_rows(q_ref, col) * layout.d_k**-0.5, *of_keys)
         products = [
             _dot(layout, with_tables[:, c], q, 1, 1)
-            for c, q in zip(k_registers, q_units, strict=True)
+            for c, q in zip(layout.registers(*of_keys), q_units, strict=True)
         ]
         logits = [_to_logits(layout, x, strip, col) for x in products]
         largest = [x.max(0, keepdims=True) for x in logits]
         weights = [jnp.exp(x - m) for x, m in zip(logits, largest, strict=True)]
         totals = [x.sum(0, keepdims=True) for x in weights]
+        values = window.T
         attended = [
-            _dot(layout, window[:, c], w, 0, 0) * (1 / t)
-            for c, w, t in zip(v_registers, weights, totals, strict=True)
+            _dot(layout, _unit_rows(values, unit, *of_values), w, 1, 0) * (1 / t)
+            for unit, w, t in zip(layout.units, weights, totals, strict=True)
         ]
-        _write_rows(out_ref, col, _from_units(layout, attended, *of_values))
+        _write_rows(out_ref, col, _from_units(layout, attended, layout.d_v))
         for unit, (m, t) in enumerate(zip(largest, totals, strict=True)):
             sums_ref[0, 0, col, unit, :] = (m + jnp.log(t))[0]
 
@@ -175,13 +175,13 @@ def backward_kernel(
             for c, w, d in zip(v_registers, weights, d_units, strict=True):
                 _add_window(layout, d_windows, strip, col, c, _dot(layout, w, d, 1, 0))
             d_products = [_to_products(layout, x) for x in d_logits]
-            d_queries = []
-            for c, x, q in zip(k_registers, d_products, q_units, strict=True):
+            keys, d_queries = with_tables.T, []
+            for unit, c, x, q in zip(layout.units, k_registers, d_products, q_units, strict=True):
                 d_keys = _dot(layout, x, q, 1, 0)
                 d_tables_ref[0, :, c] += d_keys[:tables]
                 _add_window(layout, d_windows, strip, col, c, d_keys[tables:])
-                d_queries.append(_dot(layout, with_tables[:, c], x, 0, 0))
-            dq = _from_units(layout, d_queries, *of_keys) * layout.d_k**-0.5
+                d_queries.append(_dot(layout, _unit_rows(keys, unit, *of_keys), x, 1, 0))
+            dq = _from_units(layout, d_queries, layout.d_k) * layout.d_k**-0.5
             _write_rows(dq_ref, col, dq)
 
     # The strip above is complete; its room is that of the strip after the next one.
@@ -279,23 +279,23 @@ def _to_units(
     ]
 
 
-def _from_units(
-    layout: Layout, units: list[Array], first: int, d: int
-) -> Float[Array, "queries c"]:
-    """The adjoint of `_to_units`, of arrays (channels, lanes)."""
-    registers: dict[int, Array] = {}
-    for x, unit, c in zip(units, layout.units, layout.registers(first, d), strict=True):
-        heads = jnp.split(x.T, len(unit))
-        rows = sum(
-            jnp.where(_is_of_head(head, first, d, c), y, 0.0)
-            for head, y in zip(unit, heads, strict=True)
-        )
-        for start in range(c.start, c.stop, LANES):
-            part = rows[:, start - c.start : min(start + LANES, c.stop) - c.start]
-            registers[start] = registers[start] + part if start in registers else part
-    rows = jnp.concatenate([registers[start] for start in sorted(registers)], 1)
-    begin = first - min(registers)
-    return rows[:, begin : begin + layout.heads * d]
+def _unit_rows(x: Float[Array, "c n"], unit: range, first: int, d: int) -> Float[Array, "c2 n"]:
+    """The channels of a unit's heads."""
+    start, stop = first + unit.start * d, first + unit.stop * d
+    if start % (2 * SUBLANES) or stop % (2 * SUBLANES):
+        # Two rows of bfloat16 share a sublane; not all of these begin with the first.
+        return x.astype(jnp.float32)[start:stop].astype(x.dtype)
+    return x[start:stop]
+
+
+def _from_units(layout: Layout, units: list[Array], d: int) -> Float[Array, "queries c"]:
+    """Of each unit's (channels, lanes), what is of a head in both; all heads side by side."""
+    heads = [
+        x[n * d : (n + 1) * d, n * layout.queries : (n + 1) * layout.queries]
+        for x, unit in zip(units, layout.units, strict=True)
+        for n in range(len(unit))
+    ]
+    return jnp.concatenate(heads).T
 
 
 def _is_of_head(head: int, first: int, d: int, channels: slice) -> Bool[Array, "1 c"]:
