@@ -8,11 +8,14 @@ median of runs that alternate between the implementations, so that a busy machin
 The tiny shapes are those of a small network on 32-pixel digits.
 """
 
+import collections
 import dataclasses
 import datetime
 import functools
 import json
+import math
 import os
+import pathlib
 import platform
 import statistics
 import sys
@@ -23,7 +26,7 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from experiments.layer_shapes import layer_shapes
-from halonet.ops import IMPLEMENTATIONS, halo_attention, table_size
+from halonet.ops import IMPLEMENTATIONS, halo_attention, measured, table_size
 
 FLAGS = flags.FLAGS
 flags.DEFINE_bool("quick", False, "only the tiny shapes and H0, three runs of each")
@@ -32,6 +35,7 @@ flags.DEFINE_list("implementations", ["xla_shift", "xla_rows"], "names, in the o
 flags.DEFINE_string("match", "", "only the shapes whose name contains this")
 flags.DEFINE_integer("batch", 2, "images at a time; the tiny shapes take 64", lower_bound=1)
 flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of all inputs")
+flags.DEFINE_bool("write_defaults", False, "write halonet/ops/measured.py from what was measured")
 flags.DEFINE_integer("runs", 5, "timed runs of each program", lower_bound=1)
 flags.DEFINE_float("memory", 6.0, "GB that one program may take, by estimate", lower_bound=0.1)
 
@@ -100,6 +104,29 @@ def progress(text):
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
+def defaults(results, platform):
+    """The source of halonet/ops/measured.py: where xla_rows begins to pay, forward and backward."""
+    layers = collections.defaultdict(dict)
+    for row in results:
+        blocks = (-(-row["side"] // row["block"])) ** 2
+        pairs = (row["block"] // row["stride"]) ** 2 * (row["block"] + 2 * row["halo"]) ** 2
+        logits = row["images"] * row["heads"] * blocks * pairs
+        layers[logits, row["layer"]][row["implementation"]] = math.log(row["both_ms"])
+
+    def total(least):
+        return sum(
+            times["xla_rows" if logits >= least else "xla_shift"]
+            for (logits, _), times in layers.items()
+        )
+
+    least = min((0, *sorted(logits + 1 for logits, _ in layers)), key=total)
+    forms = [(0, "xla_shift"), (least, "xla_rows")] if least else [(0, "xla_rows")]
+    table = measured.FASTEST | {platform: forms}
+    lines = "".join(f'    "{name}": {forms!r},\n' for name, forms in table.items())
+    text = pathlib.Path(measured.__file__).read_text()
+    return text[: text.index("FASTEST")] + f"FASTEST = {{\n{lines}}}\n".replace("'", '"')
+
+
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; all settings are flags")
@@ -153,6 +180,9 @@ def main(argv):
             )
             layer = {"layer": name, "images": n, **dataclasses.asdict(shape)}
             results.append({**layer, "implementation": implementation, **result})
+    if FLAGS.write_defaults:
+        source = defaults(results, device.platform)
+        pathlib.Path(measured.__file__).write_text(source)
     if FLAGS.out:
         with open(FLAGS.out, "w") as file:
             json.dump({**header, "results": results}, file, indent=1)

@@ -396,15 +396,50 @@ def test_a_named_implementation_is_the_one_that_runs(monkeypatch, chosen):
         halo_attention(*arguments, **Case().options, implementation=chosen)
 
 
-def test_the_default_follows_the_backend(monkeypatch):
-    assert op_module.default_implementation("cpu", 1) == "xla_rows"
-    assert op_module.default_implementation("cpu", 8) == "xla_shift"
-    assert op_module.default_implementation("gpu", 1) == "xla_shift"
-    assert op_module.default_implementation("tpu", 1) == "xla_shift"
-    monkeypatch.setattr(op_module, "default_implementation", lambda platform, devices: "chosen")
+def default(platform, devices, **changes):
+    case = dataclasses.replace(Case(block=8, halo=3), **changes)
+    _, k, v, *_ = case.inputs()
+    height, width = k.shape[1:3]
+    options = {name: getattr(case, name) for name in ("block", "halo", "stride", "border")}
+    options |= {"positions": case.positions, "scale_positions": case.scale_positions}
+    spec = geometry.Spec(**options, height=height, width=width)
+    return op_module.default_implementation(platform, devices, spec, k, v)
+
+
+def test_the_default_follows_platform_and_shape(monkeypatch):
+    assert default("cpu", 8) == "xla_shift"
+    assert default("gpu", 1) == "xla_shift"
+    # 2 images x 2 heads x 6 blocks x 64 queries x 196 keys
+    for least, form in ((301056, "xla_rows"), (301057, "xla_shift")):
+        table = {"cpu": [(0, "xla_shift"), (least, "xla_rows")]}
+        monkeypatch.setattr(op_module.measured, "FASTEST", table)
+        assert default("cpu", 1) == form
+        assert default("cpu", 8) == "xla_shift"
+
+
+def test_the_default_on_a_tpu_is_the_kernel_where_it_can_be():
+    assert default("tpu", 1) == "pallas_tpu"
+    assert default("tpu", 1, positions="contiguous") == "xla_packed"
+    assert default("tpu", 1, scale_positions=False) == "xla_packed"
+    assert default("tpu", 4) == "xla_packed"  # nobody says how the batch lies
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        assert default("tpu", 4) == "pallas_tpu"
+
+
+def test_the_default_is_what_runs(monkeypatch):
+    monkeypatch.setattr(op_module, "default_implementation", lambda *_: "chosen")
     monkeypatch.setitem(IMPLEMENTATIONS, "chosen", lambda *_, **__: "its result")
     *arguments, _ = Case().inputs()
     assert halo_attention(*arguments, **Case().options) == "its result"
+
+
+def test_the_measured_table_is_in_order():
+    for forms in op_module.measured.FASTEST.values():
+        least = [number for number, _ in forms]
+        assert least == sorted(least)
+        assert least[0] == 0
+        assert {form for _, form in forms} <= set(IMPLEMENTATIONS)
 
 
 @pytest.mark.parametrize("stride", [1, 2])

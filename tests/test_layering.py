@@ -78,7 +78,7 @@ TABLE = {
     "configs": ("configs", "ml_collections", ""),
     "experiments": (
         "halonet configs experiments",
-        "absl jax matplotlib ml_collections numpy pandas PIL sklearn submitit",
+        "absl jax matplotlib ml_collections numpy optax pandas PIL sklearn submitit",
         "",
     ),
     # The benchmark against the peers; they are of an environment of their own.

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from halonet.ops import geometry, packed, pallas_tpu, reference, xla
+from halonet.ops import geometry, measured, packed, pallas_tpu, reference, xla
 
 # Each takes (q, k, v, row_table, col_table, spec). The images are padded to whole blocks; `spec`
 # has their true size.
@@ -99,7 +99,9 @@ def halo_attention(
             geometry.check_blocks(size, block, what)
     _check_shapes(arrays, spec)
     if implementation is None:
-        implementation = default_implementation(jax.default_backend(), jax.device_count())
+        implementation = default_implementation(
+            jax.default_backend(), jax.device_count(), spec, k, v
+        )
     elif implementation not in IMPLEMENTATIONS:
         known = ", ".join(IMPLEMENTATIONS)
         raise ValueError(
@@ -113,19 +115,36 @@ def halo_attention(
     return out[:, : q.shape[1], : q.shape[2]]
 
 
-def default_implementation(platform: str, devices: int) -> str:
+def default_implementation(
+    platform: str,
+    devices: int,
+    spec: geometry.Spec,
+    k: Float[Array, "n h w heads d_k"],
+    v: Float[Array, "n h w heads d_v"],
+) -> str:
     """Returns the implementation that `halo_attention` takes when none is named.
 
-    On one CPU, a few rows of blocks at a time: the logits stay in the cache. Training measures
-    mostly 0.4 to 0.9 of the time of all at once where there is much to compute, and the same where
-    there is little (`python -m experiments.bench_attention`). Elsewhere all at once: the loop of
-    the other would gather a batch that several devices share, and leave an accelerator idle.
+    On a TPU the fused kernel, where it has code for the call and knows how the batch lies on the
+    devices; else the form that packs heads into lanes (docs/tpu_kernels.txt). On one CPU what
+    `halonet.ops.measured` says. Elsewhere "xla_shift": "xla_rows" would gather a batch that several
+    devices share, and leave an accelerator idle.
 
     Args:
       platform: "cpu", "gpu" or "tpu".
       devices: how many of them the program runs on, in all its processes.
+      spec: the rest of the call.
+      k, v: keys and values, or their shapes.
     """
-    return "xla_rows" if platform == "cpu" and devices == 1 else "xla_shift"
+    if platform == "tpu":
+        placed = devices == 1 or not jax.sharding.get_abstract_mesh().empty
+        fused = placed and not pallas_tpu.unsupported(spec, k, v)
+        return "pallas_tpu" if fused else "xla_packed"
+    if devices > 1:
+        return "xla_shift"
+    rows, cols = spec.blocks
+    logits = k.shape[0] * k.shape[3] * rows * cols * spec.side**2 * spec.window**2
+    forms = measured.FASTEST.get(platform, [(0, "xla_shift")])
+    return [form for least, form in forms if logits >= least][-1]
 
 
 def _pad(

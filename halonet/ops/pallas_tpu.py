@@ -63,7 +63,7 @@ def unsupported(spec: Spec, k: Array, v: Array) -> str:
         return f"halo {spec.halo} wider than block {spec.block}"
     if k.dtype not in (jnp.bfloat16, jnp.float32):
         return f"{k.dtype}"
-    if Layout.of(spec, k[..., :1, :], v[..., :1, :]).vmem > VMEM:
+    if Layout.of(spec, k, v, heads=1).vmem > VMEM:
         return f"room for rows of {k.shape[2] // spec.block} blocks of {spec.block}"
     return ""
 
@@ -72,8 +72,7 @@ def _attend_in_groups(spec, q, k, v, row_table, col_table):
     """Computes so many heads at a time as VMEM has room for: all of them but in H5 and H7."""
     n, *_, heads, _ = k.shape
     sizes = [size for size in range(1, heads + 1) if heads % size == 0]
-    fitting = [s for s in sizes if Layout.of(spec, k[..., :s, :], v[..., :s, :]).vmem <= VMEM]
-    size = fitting[-1]
+    size = max(size for size in sizes if Layout.of(spec, k, v, heads=size).vmem <= VMEM)
 
     def images(x: Float[Array, "n h w heads d"]) -> Float[Array, "images h w size d"]:
         x = x.reshape(*x.shape[:3], heads // size, size, -1)

@@ -48,10 +48,10 @@ class Layout:
     dtype: jnp.dtype
 
     @classmethod
-    def of(cls, spec: Spec, k: Array, v: Array) -> Layout:
-        _, height, width, heads, d_k = k.shape
-        rows, cols = height // spec.block, width // spec.block
-        return cls(spec, rows, cols, heads, d_k, v.shape[-1], k.dtype)
+    def of(cls, spec: Spec, k: Array, v: Array, heads: int = 0) -> Layout:
+        """For keys and values of whole blocks, or for some of their heads."""
+        rows, cols = spec.blocks
+        return cls(spec, rows, cols, heads or k.shape[3], k.shape[4], v.shape[4], k.dtype)
 
     @property
     def c_k(self) -> int:
