@@ -108,7 +108,7 @@ def test_heads_go_in_groups_where_vmem_is_short(monkeypatch):
     two = pallas_tpu.Layout.of(spec, k, v, heads=2).vmem
     monkeypatch.setattr(pallas_tpu, "VMEM", two)
     # Keys and values of two heads, as though there were two images.
-    assert "f32[2,8,2,4,256]" in str(jax.make_jaxpr(op)(*arguments))
+    assert "f32[2,8,2,4,256]" in str(jax.make_jaxpr(lambda *x: op(*x))(*arguments))
     np.testing.assert_allclose(jax.jit(lambda *x: op(*x))(*arguments), right, rtol=1e-5, atol=1e-5)
     monkeypatch.setattr(pallas_tpu, "VMEM", 1000)
     with pytest.raises(
