@@ -32,28 +32,36 @@ class Shape:
         return n * (logits + 2 * keys * self.heads * (self.d_k + self.d_v) * itemsize) / 1e9
 
 
+def attention_layers(model, image_size):
+    """Yields (stage, block, `Shape`) of each halo block, counted from 1 as in parameter names."""
+    side = image_size // model.stem_stride
+    for stage, blocks in enumerate(model.stages(), start=1):
+        for number, block in enumerate(blocks, start=1):
+            if block.kind == "h":
+                yield (
+                    stage,
+                    number,
+                    Shape(
+                        -(-side // model.block_size) * model.block_size,
+                        model.block_size,
+                        model.halo_size,
+                        block.heads,
+                        block.key_width // block.heads,
+                        block.value_width // block.heads,
+                        block.stride,
+                    ),
+                )
+            side = -(-side // block.stride)
+
+
 def layer_shapes():
-    """Returns {shape: name}, each shape once, under the names of all the layers that have it."""
+    """Returns {shape: name}, each shape once, under the name of the first layer that has it."""
     names = {}
     for variant in list_models():
         if VARIANTS[variant].origin != "paper" and variant != "halonet_tiny":
             continue
-        model = create_model(variant)
-        side = VARIANTS[variant].image_size // model.stem_stride
-        for stage, blocks in enumerate(model.stages(), start=1):
-            name = f"{variant.removeprefix('halonet_').upper()} stage {stage}"
-            for block in blocks[:2]:
-                padded = -(-side // model.block_size) * model.block_size
-                shape = Shape(
-                    padded,
-                    model.block_size,
-                    model.halo_size,
-                    block.heads,
-                    block.key_width // block.heads,
-                    block.value_width // block.heads,
-                    block.stride,
-                )
-                if name not in names.setdefault(shape, []):
-                    names[shape].append(name)
-                side = -(-side // block.stride)
-    return {shape: f"{layers[0]} {shape}" for shape, layers in names.items()}
+        model, image_size = create_model(variant), VARIANTS[variant].image_size
+        for stage, _, shape in attention_layers(model, image_size):
+            name = f"{variant.removeprefix('halonet_').upper()} stage {stage} {shape}"
+            names.setdefault(shape, name)
+    return names

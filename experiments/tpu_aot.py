@@ -1,13 +1,12 @@
 """Programs compiled ahead of time for TPUs that are not there: their memory and their cycles.
 
 libtpu compiles for a topology that is only named, so what a TPU would run can be read here without
-one: XLA's own estimate of the cycles of every operation, and the instructions (VLIW bundles) of
-every Pallas kernel, for which XLA has no estimate. Nothing is executed.
+one: XLA's own estimate of the cycles of every operation, and, after `dump_instructions()`, the
+instructions (VLIW bundles) of every Pallas kernel, for which XLA has no estimate. Nothing is
+executed.
 
     program = compile_for(jax.jit(f), jax.ShapeDtypeStruct((8, 128), jnp.bfloat16))
     program.cycles, program.kernels, program.memory.temp_size_in_bytes
-
-Import this before anything asks JAX for a TPU: libtpu reads its settings once, when it is loaded.
 """
 
 from __future__ import annotations
@@ -33,15 +32,6 @@ from jax.sharding import SingleDeviceSharding
 # Where libtpu writes the instructions that it made; read and emptied after each compilation.
 _DUMP = pathlib.Path(tempfile.mkdtemp(prefix="tpu_aot_"))
 atexit.register(shutil.rmtree, _DUMP, ignore_errors=True)
-# Final bundles only: the other 65 passes would be a gigabyte for a training step.
-os.environ["LIBTPU_INIT_ARGS"] = " ".join(
-    [
-        os.environ.get("LIBTPU_INIT_ARGS", ""),
-        f"--xla_jf_dump_to={_DUMP}",
-        "--xla_jf_dump_llo_text=true",
-        "--xla_jf_dump_llo_pass_label_regex=final_bundles",
-    ]
-).strip()
 # A second process would otherwise wait for the first one's TPU, which neither has.
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 # Or else the host is asked over the network what kind of TPU machine it is.
@@ -49,6 +39,20 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 if not jax.config.jax_platforms:
     # Or else JAX would want to run on the TPU for which libtpu is installed.
     jax.config.update("jax_platforms", "cpu")
+
+
+def dump_instructions() -> None:
+    """Asks libtpu for the instructions of kernels, which makes a whole step several times slower.
+
+    To be called before libtpu is loaded: it reads its settings once.
+    """
+    flags = (
+        f"--xla_jf_dump_to={_DUMP}",
+        "--xla_jf_dump_llo_text=true",
+        # Final bundles only: the other 65 passes would be a gigabyte for a training step.
+        "--xla_jf_dump_llo_pass_label_regex=final_bundles",
+    )
+    os.environ["LIBTPU_INIT_ARGS"] = " ".join([os.environ.get("LIBTPU_INIT_ARGS", ""), *flags])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +158,8 @@ def compile_for(
         jitted = jax.jit(function, donate_argnums=donate)
         compiled = jitted.lower(*jax.tree.map(placed, arguments)).compile()
     hlo = compiled.as_text()
-    kernels = _kernels(hlo)
+    dumped = str(_DUMP) in os.environ.get("LIBTPU_INIT_ARGS", "")
+    kernels = _kernels(hlo) if dumped else {}
     found = tuple(operations(hlo, kernels))
     program = Program(compiled, chip_of(topology_name), found, kernels)
     _empty_dump()
@@ -168,7 +173,7 @@ class Operation:
     Attributes:
       name, kind: its name and opcode in HLO; a Pallas kernel's kind is "kernel".
       times: how often it runs: the trips of the loops around it.
-      cycles: XLA's estimate, or the bundles of a kernel, of one run; 0 where there is neither.
+      cycles: XLA's estimate, or the bundles of a kernel if they were dumped, of one run; else 0.
       bytes: read from and written to HBM in one run, with the padding of tiles. Whole operands: of
         one that is only sliced this is too many.
       op_name: where it comes from, the path of JAX's names.
@@ -381,7 +386,7 @@ def _kernels(hlo: str) -> dict[str, int]:
         if body not in of_body:
             raise RuntimeError(
                 f"libtpu wrote no instructions of the kernel {name}; was it loaded before "
-                "experiments.tpu_aot was imported?"
+                "dump_instructions()?"
             )
         kernels[name] = of_body[body]
     return kernels

@@ -6,8 +6,9 @@
 
 Compiles the training step of `halonet.steps` for the chip and runs nothing, so any machine will do;
 it takes minutes. Reported for one device: memory; cycles, XLA's estimate and the instructions of
-Pallas kernels; the time, each operation bound by its cycles or by its bytes; collectives; and the
-dearest operations, grouped by the part of the network that they come from.
+the fused kernels (from docs/tpu_kernels.json); the time, each operation bound by its cycles or by
+its bytes; collectives; and the dearest operations, grouped by the part of the network that they
+come from.
 
 No estimate is a measurement. `--calibrate` compiles what others have timed on TPUs and records the
 ratio of their time to ours; the record is printed beside every estimate.
@@ -28,6 +29,7 @@ import optax
 from absl import app, flags
 
 from experiments import tpu_aot
+from experiments.layer_shapes import attention_layers, layer_shapes
 from halonet import sharding, steps
 from halonet.models import VARIANTS, create_model
 from halonet.models.cost import cost
@@ -47,7 +49,8 @@ flags.DEFINE_string("out", "", "write the report to this file as JSON")
 flags.DEFINE_bool("calibrate", False, "compile what others have timed, and record the ratios")
 flags.DEFINE_string("match", "", "calibrate with the setups whose name contains this")
 
-RECORD = pathlib.Path(__file__).parent.parent / "docs" / "tpu_calibration.txt"
+DOCS = pathlib.Path(__file__).parent.parent / "docs"
+RECORD, KERNELS = DOCS / "tpu_calibration.txt", DOCS / "tpu_kernels.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +148,32 @@ def compile_step(setup: Setup) -> tpu_aot.Program:
         step = sharding.seeing(mesh, step)
         state = placed(state, sharding.replicated(mesh))
         batch = placed(batch, sharding.batch_sharding(mesh))
-    return tpu_aot.compile_for(step, state, batch, topology_name=setup.topology, donate=0)
+    program = tpu_aot.compile_for(step, state, batch, topology_name=setup.topology, donate=0)
+    found = tuple(with_kernel_cycles(op, setup) for op in program.operations)
+    return dataclasses.replace(program, operations=found)
+
+
+def with_kernel_cycles(op: tpu_aot.Operation, setup: Setup) -> tpu_aot.Operation:
+    """Takes the cycles of a fused kernel from their table: to have them dumped takes an hour.
+
+    Raises:
+      ValueError: for a layer that is not in the table.
+    """
+    if op.kind != "kernel":
+        return op
+    generation, kernels = setup.topology.split(":")[0], json.loads(KERNELS.read_text())["layers"]
+    model = create_model(setup.model)
+    layers = {(s, n): shape for s, n, shape in attention_layers(model, setup.image_size)}
+    stage, block = re.search(r"stage(\d+)_block(\d+)", op.op_name).groups()
+    shape = layers[int(stage), int(block)]
+    cycles = kernels.get(layer_shapes().get(shape), {}).get(generation)
+    if cycles is None:
+        raise ValueError(
+            f"docs/tpu_kernels.json has no layer {shape} on {generation}; "
+            "python -m experiments.tpu_kernels compiles those of each model's own image size"
+        )
+    way = "backward" if "halo_attention_backward" in op.name else "forward"
+    return dataclasses.replace(op, cycles=setup.batch * cycles[f"{way}_cycles"])
 
 
 def placed(tree, where):

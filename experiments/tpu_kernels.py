@@ -26,6 +26,8 @@ from experiments import tpu_aot
 from experiments.layer_shapes import layer_shapes
 from halonet.ops import halo_attention, table_size
 
+tpu_aot.dump_instructions()
+RECORD = pathlib.Path(__file__).parent.parent / "docs" / "tpu_kernels.json"
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 SOURCES = ("pallas_tpu.py", "pallas_tpu_kernels.py")
 COLUMNS = ("forward_cycles", "backward_cycles", "xla_cycles", "temporary_bytes")
@@ -33,7 +35,7 @@ COLUMNS = ("forward_cycles", "backward_cycles", "xla_cycles", "temporary_bytes")
 FLAGS = flags.FLAGS
 flags.DEFINE_list("generations", list(TOPOLOGIES), "of TPUs to compile for")
 flags.DEFINE_string("match", "", "only the shapes whose name contains this")
-flags.DEFINE_string("out", "docs/tpu_kernels.json", "file with the table, read and written")
+flags.DEFINE_string("out", str(RECORD), "file with the table, read and written")
 
 
 def cost(shape, generation):

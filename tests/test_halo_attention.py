@@ -330,17 +330,27 @@ class TestPacked(Contract):
     def test_any_size(self, seed):
         self.check_any_size(seed)
 
-
-@pytest.mark.middle
-class TestPallasTpu(Contract):
-    """The fused kernel, interpreted; see also test_pallas_tpu.py."""
-
-    implementation = "pallas_tpu"
-
+    # It shares windows with xla_shift and borders with all; a part of the sizes has to do.
     @pytest.mark.long
     @pytest.mark.parametrize("case", EVERYWHERE[::3], ids=name)
     def test_values_and_gradients_everywhere(self, case):
-        self.check(case)  # a third of them: compiling the kernel for a CPU takes seconds
+        self.check(case)
+
+    @pytest.mark.long
+    @pytest.mark.parametrize("seed", range(60))
+    def test_any_size_everywhere(self, seed):
+        self.check_any_size(seed)
+
+
+@pytest.mark.middle
+class TestPallasTpu(Contract):
+    """The fused kernel, interpreted; see also test_pallas_tpu.py.
+
+    Compiling it for a CPU takes seconds, hence fewer cases than of the others.
+    """
+
+    implementation = "pallas_tpu"
+    test_values_and_gradients_everywhere = None
 
     @pytest.mark.long
     @pytest.mark.parametrize("seed", range(100))
