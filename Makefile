@@ -9,7 +9,7 @@ ARGS ?=
 # Tests are spread over the cores, but not over more processes than memory likes.
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$(( n > 8 ? 8 : n )))
 
-.PHONY: help install demo test middle long parity bench lint lock
+.PHONY: help install tpu-aot demo test middle long parity bench lint lock
 
 help:
 	@echo "make demo    train halonet_tiny on 4,000 digits and show what came of it (runs/demo)"
@@ -17,6 +17,7 @@ help:
 	@echo "make middle  the longer tests that CI adds"
 	@echo "make long    the exhaustive ones; records their results in tests/records/"
 	@echo "make parity  compares with timm, lucidrains and MindCV, installed apart (6 GB)"
+	@echo "make tpu-aot install libtpu (210 MB): compiles for TPUs on any machine"
 	@echo "make bench   how fast, beside timm, lucidrains and kecam; writes docs/bench_peers_cpu.*"
 	@echo "make lint    ruff, format and lint"
 	@echo "make lock    resolve requirements.txt anew (needs uv)"
@@ -57,6 +58,17 @@ $(MINDCV)/installed: tests/parity/requirements-mindcv.txt
 	@echo "installing into $(MINDCV): a minute, once"
 	@$(PYTHON) -m venv $(MINDCV)
 	@$(MINDCV)/bin/python $(PIP_INSTALL) -r tests/parity/requirements-mindcv.txt
+	@touch $@
+
+tpu-aot: $(VENV)/tpu-aot
+
+# What compiles for TPUs, beside the rest, and only where somebody asks for it.
+$(VENV)/tpu-aot: requirements-tpu-aot.txt $(VENV)/installed
+	@if command -v uv >/dev/null; then \
+	  uv pip install --quiet --python $(BIN)/python -r requirements-tpu-aot.txt; \
+	else \
+	  $(BIN)/python $(PIP_INSTALL) -r requirements-tpu-aot.txt; \
+	fi
 	@touch $@
 
 demo: install
