@@ -46,6 +46,8 @@ def dump_instructions() -> None:
 
     To be called before libtpu is loaded: it reads its settings once.
     """
+    if str(_DUMP) in os.environ.get("LIBTPU_INIT_ARGS", ""):
+        return
     flags = (
         f"--xla_jf_dump_to={_DUMP}",
         "--xla_jf_dump_llo_text=true",

@@ -36,18 +36,6 @@ from halonet.models.cost import cost
 from halonet.optim import make_optimizer
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("model", "halonet_h0", "a registered model")
-flags.DEFINE_integer("image_size", 256, "pixels of the square images", lower_bound=1)
-flags.DEFINE_integer("batch", 16, "images per device", lower_bound=1)
-flags.DEFINE_string("topology", "v5e:2x2", "a slice of TPUs, see experiments.tpu_aot.topology")
-flags.DEFINE_bool("one", True, "compile for one device of the topology; else for all of them")
-flags.DEFINE_string("implementation", "pallas_tpu", "of halo attention")
-flags.DEFINE_integer("bn_group", 0, "examples per group of batch-norm statistics", lower_bound=0)
-flags.DEFINE_enum("optimizer", "sgd", ["sgd", "adamw"], "sgd has momentum")
-flags.DEFINE_integer("top", 20, "operations to print, the dearest first", lower_bound=0)
-flags.DEFINE_string("out", "", "write the report to this file as JSON")
-flags.DEFINE_bool("calibrate", False, "compile what others have timed, and record the ratios")
-flags.DEFINE_string("match", "", "calibrate with the setups whose name contains this")
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
 RECORD, KERNELS = DOCS / "tpu_calibration.txt", DOCS / "tpu_kernels.json"
@@ -301,6 +289,24 @@ def calibrate(match: str) -> None:
     RECORD.write_text("\n".join(lines) + "\n")
 
 
+def define_flags():
+    """Not on import: tests import this beside other command lines."""
+    flags.DEFINE_string("model", "halonet_h0", "a registered model")
+    flags.DEFINE_integer("image_size", 256, "pixels of the square images", lower_bound=1)
+    flags.DEFINE_integer("batch", 16, "images per device", lower_bound=1)
+    flags.DEFINE_string("topology", "v5e:2x2", "a slice of TPUs, see experiments.tpu_aot.topology")
+    flags.DEFINE_bool("one", True, "compile for one device of the topology; else for all of them")
+    flags.DEFINE_string("implementation", "pallas_tpu", "of halo attention")
+    flags.DEFINE_integer(
+        "bn_group", 0, "examples per group of batch-norm statistics", lower_bound=0
+    )
+    flags.DEFINE_enum("optimizer", "sgd", ["sgd", "adamw"], "sgd has momentum")
+    flags.DEFINE_integer("top", 20, "operations to print, the dearest first", lower_bound=0)
+    flags.DEFINE_string("out", "", "write the report to this file as JSON")
+    flags.DEFINE_bool("calibrate", False, "compile what others have timed, and record the ratios")
+    flags.DEFINE_string("match", "", "calibrate with the setups whose name contains this")
+
+
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; all settings are flags")
@@ -323,4 +329,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    define_flags()
     app.run(main)

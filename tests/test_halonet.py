@@ -191,6 +191,7 @@ def loss_of(remat, size, **overrides):
     return random_variables(model, size), loss
 
 
+@pytest.mark.middle
 def test_remat_keeps_less_for_the_backward_pass():
     images = jnp.zeros((4, 16, 16, 3))
     kept = {}
