@@ -428,15 +428,16 @@ def main(arguments):
         for name, result in with_ratios(measured).items():
             result |= {"what": what, "case": case, "task": task, "contestant": name}
             record["results"].append({column: result[column] for column in COLUMNS})
+        record["minutes"] = round((time.perf_counter() - began) / 60, 1)
+        if args.out:  # what is measured stays, whatever comes of the next comparison
+            pathlib.Path(args.out).write_text(json.dumps(record, indent=1) + "\n")
         # The programs of this comparison are gone; their caches need not stay.
         jax.clear_caches()
         gc.collect()
-    record["minutes"] = round((time.perf_counter() - began) / 60, 1)
     show("")
     print("\n".join(rows(record)))
     print(f"\n{machine(record)}; {record['minutes']} minutes")
     if args.out:
-        pathlib.Path(args.out).write_text(json.dumps(record, indent=1) + "\n")
         print(f"wrote {args.out}")
         if "models" in args.what:
             picture = pathlib.Path(args.out).with_suffix(".png")

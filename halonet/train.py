@@ -336,7 +336,7 @@ def _introduce(
         f"into {workdir}"
     )
     kind = mesh.devices.flat[0].device_kind
-    if kind not in runtime.PEAK_FLOPS:
+    if kind not in runtime.PEAK_FLOPS and jax.default_backend() != "cpu":
         progress.say(f"no perf/mfu: the peak of a {kind!r} is not in halonet.runtime.PEAK_FLOPS")
     if start:
         progress.say(f"going on from the checkpoint of step {start}")

@@ -69,7 +69,7 @@ def unsupported(spec: Spec, k: Array, v: Array) -> str:
 
 
 def _attend_in_groups(spec, q, k, v, row_table, col_table):
-    """Computes so many heads at a time as VMEM has room for: all of them but in H5 and H7."""
+    """Computes so many heads at a time as VMEM has room for: all of them but in H5 to H7."""
     n, *_, heads, _ = k.shape
     sizes = [size for size in range(1, heads + 1) if heads % size == 0]
     size = max(size for size in sizes if Layout.of(spec, k, v, heads=size).vmem <= VMEM)
