@@ -405,6 +405,8 @@ _EXIT = r"= scmp\.ge\.\S+ (?:\(\S+\), )?%(\w+), (\d+) /\* loop exit test"
 _STEP = r"%(\w+) = sadd\.s32 (?:\(\S+\), )?(\d+), %(\w+)"
 _START = r"%(\w+) = sphi %(\w+),"
 _CONSTANT = r"%(\w+) = smov (?:\(\S+\), )?(\d+)\b"
+_SPILL = r"= sst \[smem:\[#(\w+)\]\] (?:\(\S+\), )?%(\w+)"
+_RELOAD = r"%(\w+) = sld \[smem:\[#(\w+)\]\]"
 
 
 def bundles(text: str) -> int:
@@ -417,11 +419,21 @@ def bundles(text: str) -> int:
       NotImplementedError: for a loop whose trips depend on data.
     """
     constants, starts = dict(re.findall(_CONSTANT, text)), dict(re.findall(_START, text))
+    spilled, reloads = collections.defaultdict(set), dict(re.findall(_RELOAD, text))
+    for slot, register in re.findall(_SPILL, text):
+        spilled[slot].add(register)
+
+    def original(register: str) -> str:
+        """The register whose value this one has by way of memory: where registers are too few."""
+        while len(stored := spilled[reloads.get(register, "")]) == 1:
+            (register,) = stored
+        return register
+
     # Of the counters: their steps and where they start; zero is not always written as a constant.
-    counters = {
-        new: (int(step), int(constants.get(starts.get(old, ""), 0)))
-        for new, step, old in re.findall(_STEP, text)
-    }
+    counters = {}
+    for new, step, old in re.findall(_STEP, text):
+        start = original(starts.get(original(old), ""))
+        counters[new] = int(step), int(constants.get(start, 0))
     # Cycles of one trip, and trips, of the loops around the bundle.
     loops: list[list] = [[0, 1]]
 
@@ -444,7 +456,9 @@ def bundles(text: str) -> int:
             leave(depth - 1)
             loops.append([0, None])
         for counter, bound in re.findall(_EXIT, content):
-            step, start = counters[counter]
+            step, start = counters.get(original(counter), (0, 0))
+            if not step:
+                raise NotImplementedError(f"the kernel's loop counter {counter} has no known step")
             # An outer loop may test for its end in the body of an inner one that has done so.
             depth = max(n for n, loop in enumerate(loops) if loop[1] is None)
             trips = -(-(int(bound) - start) // step)

@@ -111,6 +111,39 @@ def test_bundles_count_once_for_each_trip():
     assert tpu_aot.bundles(BUNDLES) == once + 12 * (grid + 7 * (outer + 5 * inner))
 
 
+# The counters of the grid and of the innermost loop are put into memory and read back.
+SPILLED = (
+    BUNDLES.replace(
+        "{ %v1 = vadd.f32 %v1, %v2 }\n",
+        "{ %7 = sst [smem:[#allocation9_spill]] %s15_s17  ;;  %v1 = vadd.f32 %v1, %v2 }\n",
+        1,
+    )
+    .replace(
+        "{ %s12_s17 = sadd.s32 1, %s15_s17 }",
+        "{ %s8_s2 = sld [smem:[#allocation9_spill]]  ;;  %s12_s17 = sadd.s32 1, %s8_s2 }",
+    )
+    .replace(
+        "  ;;  %s17_s1 = sphi %s30_s11, %s30_s1 /* phi */ }",
+        "  ;;  %8 = sst [smem:[#allocation3_spill]] (%p9), %s30_s1"
+        "  ;;  %s17_s1 = sphi %s30_s11, %s99_s5  ;;  %s99_s5 = sld [smem:[#allocation3_spill]] }",
+    )
+    .replace("%s30_s1, 11", "%s99_s5, 11")
+)
+
+
+def test_counters_are_found_that_went_through_memory():
+    assert SPILLED.count("spill") == 4
+    assert tpu_aot.bundles(SPILLED) == tpu_aot.bundles(BUNDLES)
+
+
+def test_a_counter_of_unknown_step_is_refused():
+    unknown = SPILLED.replace(
+        "] %s15_s17", "] %s15_s17  ;;  %9 = sst [smem:[#allocation3_spill]] %s4_s4"
+    )
+    with pytest.raises(NotImplementedError, match="counter s99_s5 has no known step"):
+        tpu_aot.bundles(unknown)
+
+
 def test_a_kernel_loop_of_unknown_length_is_refused():
     with pytest.raises(NotImplementedError, match="a loop of the kernel"):
         tpu_aot.bundles(BUNDLES.replace("%s12_s17, 14", "%s12_s17, %s3_s3"))
