@@ -153,10 +153,7 @@ def test_the_table_is_of_this_kernel_and_of_every_layer():
     assert RECORD["kernel"] == tpu_kernels.kernel_hash()
     assert RECORD["layers"].keys() == LAYERS.keys()
     for layer, costs in RECORD["layers"].items():
-        assert costs.keys() <= set(GENERATIONS), layer
-        assert "v5e" in costs, layer
-    for layer in KINDS:
-        assert RECORD["layers"][layer].keys() == set(GENERATIONS), layer
+        assert costs.keys() == set(GENERATIONS), layer
     text = (ROOT / "docs" / "tpu_kernels.txt").read_text()
     assert text == tpu_kernels.render(RECORD)
 
