@@ -429,43 +429,58 @@ def bundles(text: str) -> int:
             (register,) = stored
         return register
 
-    # Of the counters: their steps and where they start; zero is not always written as a constant.
+    # Of the counters: the register at the head of the loop, their steps and where they start; zero
+    # is not always written as a constant.
     counters = {}
     for new, step, old in re.findall(_STEP, text):
-        start = original(starts.get(original(old), ""))
-        counters[new] = int(step), int(constants.get(start, 0))
-    # Cycles of one trip, and trips, of the loops around the bundle.
-    loops: list[list] = [[0, 1]]
+        head = original(old)
+        start = original(starts.get(head, ""))
+        counters[new] = head, int(step), int(constants.get(start, 0))
+    # Of the loops around the bundle: cycles of one trip, trips, and the registers at the head.
+    loops: list[list] = [[0, 1, ()]]
 
     def leave(depth: int) -> None:
         while len(loops) > depth + 1:
-            cycles, trips = loops.pop()
+            cycles, trips, _ = loops.pop()
             if trips is None:
                 raise NotImplementedError("a loop of the kernel has no constant number of trips")
             loops[-1][0] += cycles * trips
 
-    for line in text.splitlines():
-        found = _BUNDLE.match(line)
-        if not found:
-            continue
-        mark, depth, content = found[1], len(found[2]), found[3]
-        # Bundles without any instruction have no depth of their own.
-        if content.split("}")[0].strip() or depth:
-            leave(depth)
+    for mark, depth, content in _with_depth(text):
+        leave(depth - 1 if mark == "LB" else depth)
         if mark == "LB":
-            leave(depth - 1)
-            loops.append([0, None])
+            loops.append([0, None, [new for new, _ in re.findall(_START, content)]])
         for counter, bound in re.findall(_EXIT, content):
-            step, start = counters.get(original(counter), (0, 0))
-            if not step:
-                raise NotImplementedError(f"the kernel's loop counter {counter} has no known step")
-            # An outer loop may test for its end in the body of an inner one that has done so.
-            depth = max(n for n, loop in enumerate(loops) if loop[1] is None)
+            head, step, start = counters.get(original(counter), ("", 0, 0))
+            # An outer loop may test for its end in the body of an inner one.
+            at = [n for n, loop in enumerate(loops) if head in loop[2]]
+            if not at:
+                raise NotImplementedError(f"no step is known of the kernel's counter {counter}")
             trips = -(-(int(bound) - start) // step)
             # The grid's loop has two more trips, to fill and to drain its pipeline; its body is
             # skipped in one of them each.
-            loops[depth][1] = trips if depth > 1 else max(1, trips - 2)
+            loops[at[0]][1] = trips if at[0] > 1 else max(1, trips - 2)
         delay = re.search(r"\bvdelay (\d+)", content)
         loops[-1][0] += 1 + (int(delay[1]) if delay else 0)
     leave(0)
     return loops[0][0]
+
+
+def _with_depth(text: str) -> list[tuple[str, int, str]]:
+    """The mark of each bundle ("LB" at the head of a loop), how many loops it is in, its content.
+
+    Instructions of an outer loop are scheduled among those of an inner one, in bundles that are
+    marked as the outer one's, and a bundle without any instruction is marked as of none. Either is
+    in each loop that has a bundle further down.
+    """
+    found, depth = [], 0
+    for line in reversed(text.splitlines()):
+        bundle = _BUNDLE.match(line)
+        if not bundle:
+            continue
+        mark, content = bundle[1], bundle[3]
+        depth = max(depth, len(bundle[2]))
+        found.append((mark, depth, content))
+        if mark == "LB":
+            depth = len(bundle[2]) - 1
+    return found[::-1]

@@ -111,6 +111,23 @@ def test_bundles_count_once_for_each_trip():
     assert tpu_aot.bundles(BUNDLES) == once + 12 * (grid + 7 * (outer + 5 * inner))
 
 
+def test_bundles_of_an_outer_loop_within_an_inner_one_are_the_inner_ones():
+    moved = BUNDLES.replace(
+        "   0x7   : >>> {",
+        "  0x60   :  {}\n  0x61   : > { %v1 = vadd.f32 %v1, %v2 }\n   0x7   : >>> {",
+    )
+    assert tpu_aot.bundles(moved) == tpu_aot.bundles(BUNDLES) + 12 * 7 * 5 * 2
+
+
+def test_an_outer_loop_may_test_for_its_end_before_an_inner_one():
+    grid = "0xa   : > { %p3 = scmp.ge.s32.totalorder %s12_s17, 14 /* loop exit test */ }"
+    moved = BUNDLES.replace(grid, "0xa   : > { %v1 = vadd.f32 %v1, %v2 }")
+    moved = moved.replace(
+        "0x6   : >>> {", "0x6   : >>> {" + grid.split("{")[1].strip(" }") + "  ;; "
+    )
+    assert tpu_aot.bundles(moved) == tpu_aot.bundles(BUNDLES)
+
+
 # The counters of the grid and of the innermost loop are put into memory and read back.
 SPILLED = (
     BUNDLES.replace(
@@ -140,7 +157,9 @@ def test_a_counter_of_unknown_step_is_refused():
     unknown = SPILLED.replace(
         "] %s15_s17", "] %s15_s17  ;;  %9 = sst [smem:[#allocation3_spill]] %s4_s4"
     )
-    with pytest.raises(NotImplementedError, match="counter s99_s5 has no known step"):
+    with pytest.raises(
+        NotImplementedError, match="no step is known of the kernel.s counter s99_s5"
+    ):
         tpu_aot.bundles(unknown)
 
 
