@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from halonet.ops import IMPLEMENTATIONS, geometry, halo_attention, table_size, xla
+from halonet.ops import IMPLEMENTATIONS, geometry, halo_attention, rows, table_size
 
 # The package's attribute of this name is the function.
 op_module = sys.modules["halonet.ops.halo_attention"]
@@ -318,8 +318,7 @@ class TestRows(Contract):
 
     @pytest.fixture(autouse=True)
     def small_steps(self, monkeypatch):
-        monkeypatch.setattr(xla, "ELEMENTS_PER_STEP", 2**15)
-        monkeypatch.setattr(xla, "STEPS_AT_ONCE", 1)
+        monkeypatch.setattr(rows, "ELEMENTS_PER_STEP", 2**15)
 
 
 @pytest.mark.middle

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from halonet.ops import halo_attention, xla
+from halonet.ops import halo_attention, rows
 
 OPTIONS = {"block": 4, "halo": 2}
 
@@ -25,7 +25,8 @@ def inputs(n=4, height=16, width=8, heads=2, d=4):
     ("elements", "loops", "steps"),
     # One row of blocks here: 2 blocks x 2 heads x 64 keys x (16 queries + 4 + 4) = 6,144 elements.
     [
-        (12 * 6144, 0, []),  # everything at once: four steps of three images
+        (48 * 6144, 0, []),  # everything at once
+        (12 * 6144, 1, [4]),  # three images of four rows each
         (8 * 6144, 1, [6]),  # two images of four rows each
         (2 * 6144, 2, [2, 12]),  # two rows of each image
         (1, 2, [4, 12]),  # one row
@@ -35,7 +36,7 @@ def test_rows_takes_as_much_at_a_time_as_fits(monkeypatch, elements, loops, step
     arguments = inputs(n=12)
     shift = functools.partial(halo_attention, **OPTIONS, implementation="xla_shift")
     right = jax.jit(shift)(*arguments)
-    monkeypatch.setattr(xla, "ELEMENTS_PER_STEP", elements)
+    monkeypatch.setattr(rows, "ELEMENTS_PER_STEP", elements)
     op = functools.partial(halo_attention, **OPTIONS, implementation="xla_rows")
     lengths = [int(x) for x in re.findall(r"\blength=(\d+)", str(jax.make_jaxpr(op)(*arguments)))]
     assert len(lengths) == loops
@@ -45,7 +46,7 @@ def test_rows_takes_as_much_at_a_time_as_fits(monkeypatch, elements, loops, step
 
 def test_rows_needs_less_memory_to_train(monkeypatch):
     arguments = inputs(n=8, height=32, width=32)
-    monkeypatch.setattr(xla, "ELEMENTS_PER_STEP", 2**16)
+    monkeypatch.setattr(rows, "ELEMENTS_PER_STEP", 2**16)
 
     def temporaries(implementation):
         def loss(*arguments):

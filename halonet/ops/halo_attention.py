@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from halonet.ops import geometry, measured, packed, pallas_tpu, reference, xla
+from halonet.ops import geometry, measured, packed, pallas_tpu, reference, rows, xla
 
 # Each takes (q, k, v, row_table, col_table, spec). The images are padded to whole blocks; `spec`
 # has their true size.
 IMPLEMENTATIONS = {
     "reference": reference.halo_attention_reference,
     "xla_shift": xla.halo_attention_shift,
-    "xla_rows": xla.halo_attention_rows,
+    "xla_rows": rows.halo_attention_rows,
     "xla_packed": packed.halo_attention_packed,
     "pallas_tpu": pallas_tpu.halo_attention_pallas_tpu,
 }

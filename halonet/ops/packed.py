@@ -5,8 +5,6 @@ eight lanes would hold nothing. So as many heads as fit share the lanes here, an
 them all: the queries of each head are zero in the lanes of the others.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from halonet.ops.geometry import Spec
-from halonet.ops.xla import with_halo
+from halonet.ops.xla import dot, with_halo
 
 LANES = 128
 # Rows of a tile in bfloat16. Windows of as many columns, or twice as many, merge with the rows of
@@ -38,9 +36,6 @@ def halo_attention_packed(
     groups = heads // packed
     columns = -(-window // TILE_ROWS) * TILE_ROWS
     dtype, wide = q.dtype, jnp.promote_types(q.dtype, jnp.float32)
-    # The default of XLA on TPU multiplies float32 as bfloat16.
-    precision = lax.Precision.HIGHEST if dtype.itemsize >= 4 else lax.Precision.DEFAULT
-    dot = partial(jnp.einsum, precision=precision, preferred_element_type=wide)
 
     # Axes: n image; r, c row and column of blocks; g group of heads, a head in it; y, x query of a
     # block; i, j key in its window; q and k the query (of some head) and the key as one flat axis

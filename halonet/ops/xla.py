@@ -1,8 +1,6 @@
-"""Halo attention in portable JAX: one row of blocks, and two ways to go through all of them.
+"""Halo attention in portable JAX: every block at once.
 
-`halo_attention_shift` computes every row of blocks at once, in a form that XLA partitions over the
-rows and the batch. `halo_attention_rows` computes a few images or rows at a time, and again in the
-backward pass, so that logits exist for those few only and stay in the cache.
+XLA partitions this form over the rows and the batch, and knows its derivatives of every order.
 """
 
 from functools import partial
@@ -14,14 +12,6 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from halonet.ops.geometry import Spec
-
-# Logits, keys and values that `halo_attention_rows` holds at a time, in elements. In float32 these
-# are 2.5 MiB, about the second-level caches of two CPU cores; times change by a tenth between half
-# and twice as many, and double at eight times.
-ELEMENTS_PER_STEP = 5 * 2**17
-# Up to so many steps are done at once instead: a loop this short saves less than computing the
-# logits again in the backward pass costs.
-STEPS_AT_ONCE = 4
 
 
 def halo_attention_shift(
@@ -37,42 +27,6 @@ def halo_attention_shift(
     # Images and rows stay axes of their own: merged, XLA would gather them to partition them.
     attend = jax.vmap(jax.vmap(attend), in_axes=(0, 0, None))
     return attend(*_strips(q, k, v, spec)).reshape(*q.shape[:-1], v.shape[-1])
-
-
-def halo_attention_rows(
-    q: Float[Array, "n h_q w_q heads d_k"],
-    k: Float[Array, "n h w heads d_k"],
-    v: Float[Array, "n h w heads d_v"],
-    row_table: Float[Array, "offsets d_k"],
-    col_table: Float[Array, "offsets d_k"],
-    spec: Spec,
-) -> Float[Array, "n h_q w_q heads d_v"]:
-    """Computes a few images, or a few rows of blocks, at a time; see `halo_attention`.
-
-    The loop runs over the batch: on several devices that share the batch, it would gather it.
-    """
-    n, height, width, heads, d_k = k.shape
-    d_v, rows, queries = v.shape[-1], height // spec.block, spec.side**2
-    keys = (width // spec.block) * heads * spec.window**2  # of a row of blocks
-    fitting = ELEMENTS_PER_STEP // (keys * (queries + d_k + d_v))  # rows of blocks
-    if n * rows <= STEPS_AT_ONCE * fitting:
-        return halo_attention_shift(q, k, v, row_table, col_table, spec)
-
-    def few_images(q, k, v):
-        return halo_attention_shift(q, k, v, row_table, col_table, spec)
-
-    def few_rows(q, k, v):
-        attend = partial(_attend_strip, row_table=row_table, col_table=col_table, spec=spec)
-        queries, keys_values, inside = _strips(q, k, v, spec)
-        strips = (queries[0], keys_values[0], inside)
-        at_once = _divisor(rows, fitting)
-        out = lax.map(lambda xs: jax.checkpoint(attend)(*xs), strips, batch_size=at_once)
-        return out.reshape(*q.shape[:-1], d_v)
-
-    images, step = (_divisor(n, fitting // rows), few_images) if rows <= fitting else (1, few_rows)
-    slices = tuple(x.reshape(n // images, images, *x.shape[1:]) for x in (q, k, v))
-    out = lax.map(lambda xs: jax.checkpoint(step)(*xs), slices)
-    return out.reshape(*q.shape[:-1], d_v)
 
 
 def _strips(
@@ -104,10 +58,7 @@ def _attend_strip(
     side, w_q, heads, d_k = q.shape
     window, width = keys_values.shape[:2]
     d_v, cols = keys_values.shape[-1] - d_k, width // spec.block
-    dtype, wide = q.dtype, jnp.promote_types(q.dtype, jnp.float32)
-    # The default of XLA on TPU multiplies float32 as bfloat16.
-    precision = lax.Precision.HIGHEST if dtype.itemsize >= 4 else lax.Precision.DEFAULT
-    dot = partial(jnp.einsum, precision=precision, preferred_element_type=wide)
+    dtype = q.dtype
 
     # Axes: c column of blocks; a head; y, x query in its block; i, j key in its window; d channel;
     # q and k the query and the key as one flat axis each.
@@ -147,6 +98,18 @@ def _attend_strip(
     return out_cayxd.transpose(2, 0, 3, 1, 4).reshape(side, w_q, heads, d_v)
 
 
+def dot(subscripts: str, x: Array, y: Array) -> Array:
+    """An einsum that is exact to the dtype, and summed in float32 where that is narrower."""
+    return jnp.einsum(
+        subscripts,
+        x,
+        y,
+        # The default of XLA on TPU multiplies float32 as bfloat16.
+        precision=lax.Precision.HIGHEST if x.dtype.itemsize >= 4 else lax.Precision.DEFAULT,
+        preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
+    )
+
+
 def with_halo(x: Array, axis: int, block: int, halo: int, length: int | None = None) -> Array:
     """Splits `axis` into blocks, each with its halo: two axes (blocks, block + 2 * halo).
 
@@ -175,8 +138,3 @@ def _shift(x: Array, axis: int, by: int) -> Array:
     padding = [(0, 0, 0)] * x.ndim
     padding[axis] = (max(-by, 0), max(by, 0), 0)
     return lax.pad(kept, np.zeros((), x.dtype), padding)
-
-
-def _divisor(n: int, most: int) -> int:
-    """Returns the largest divisor of `n` that is at most `most`, or 1."""
-    return next(d for d in range(max(1, min(n, most)), 0, -1) if n % d == 0)
