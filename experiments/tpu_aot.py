@@ -68,6 +68,7 @@ class Chip:
       devices: of JAX per chip, as these topologies count: two where a core is a device.
       flops_per_cycle: of a chip: 2 * 128 * 128 for each matrix unit of each core.
       source: of the first three and of the number of matrix units.
+      cores: of a device, which share out the images of a kernel.
     """
 
     teraflops: float
@@ -76,6 +77,7 @@ class Chip:
     devices: int
     flops_per_cycle: int
     source: str
+    cores: int = 1
 
     @property
     def gigahertz(self) -> float:
@@ -90,7 +92,7 @@ CHIPS = {
     "v3": Chip(123, 900, 32, 2, 2 * 2 * _UNIT, _PAGES + "v3"),
     "v4": Chip(275, 1200, 32, 2, 2 * 4 * _UNIT, _PAGES + "v4"),
     "v5e": Chip(197, 819, 16, 1, 4 * _UNIT, _PAGES + "v5e"),
-    "v5p": Chip(459, 2765, 95, 1, 2 * 4 * _UNIT, _PAGES + "v5p"),
+    "v5p": Chip(459, 2765, 95, 1, 2 * 4 * _UNIT, _PAGES + "v5p", cores=2),
     # The page says two units of 256 x 256. But XLA's estimate of a product of 8192 x 8192 matrices
     # has 369,000 operations a cycle, more than two could make; four it is.
     "v6e": Chip(918, 1638, 32, 1, 4 * 4 * _UNIT, _PAGES + "v6e"),

@@ -161,7 +161,11 @@ def with_kernel_cycles(op: tpu_aot.Operation, setup: Setup) -> tpu_aot.Operation
             "python -m experiments.tpu_kernels compiles those of each model's own image size"
         )
     way = "backward" if "halo_attention_backward" in op.name else "forward"
-    return dataclasses.replace(op, cycles=setup.batch * cycles[f"{way}_cycles"])
+    # Of the grid, which has one for each group of heads.
+    images, cores = int(re.search(r"\[(\d+)", op.shape)[1]), tpu_aot.chip_of(setup.topology).cores
+    groups = images // setup.batch
+    turns, turns_of_one = -(-images // cores), -(-groups // cores)
+    return dataclasses.replace(op, cycles=cycles[f"{way}_cycles"] * turns // turns_of_one)
 
 
 def placed(tree, where):

@@ -1,5 +1,6 @@
 """What the estimator of steps on TPUs says of a program. Nothing is compiled for a TPU here."""
 
+import json
 import types
 
 import pytest
@@ -62,6 +63,26 @@ def test_report():
     assert found["mfu"] == pytest.approx(found["model_teraflop"] / 2e-3 / 197, rel=1e-3)
     norm = found["profile_million_cycles"]["norm"]
     assert norm == {"forward": 0.6, "backward": pytest.approx(1.503, rel=1e-3)}
+
+
+@pytest.mark.parametrize(("generation", "turns"), [("v5e", 16), ("v6e", 16), ("v5p", 8)])
+def test_cycles_of_a_kernel_are_those_of_its_turns(generation, turns):
+    """Two cores of a v5p share out the images; it is one of them that computes a single image."""
+    name, where = "halo_attention_backward.3", "jit(f)/HaloNet/stage1_block1/attention/halo"
+    kernel = tpu_aot.Operation(name, "kernel", 1, 0, 0, where, "(bf16[16,8,8,64,48]{4,3,2,1,0})")
+    setup = tpu_cost.Setup("halonet_h0", 256, 16, f"{generation}:2x2")
+    record = json.loads(tpu_cost.KERNELS.read_text())["layers"]
+    one = record["H0 stage 1 (64x64, b8 h3, 4 x 16, d_v 16)"][generation]["backward_cycles"]
+    assert tpu_cost.with_kernel_cycles(kernel, setup).cycles == turns * one
+
+
+def test_heads_in_groups_are_shared_out_too():
+    where, shape = "jit(f)/HaloNet/stage1_block1/attention/halo", "(bf16[32,8,14,196,112]{4})"
+    kernel = tpu_aot.Operation("halo_attention_forward", "kernel", 1, 0, 0, where, shape)
+    setup = tpu_cost.Setup("halonet_h5", 448, 16, "v5p:2x2x1")
+    record = json.loads(tpu_cost.KERNELS.read_text())["layers"]
+    one = record["H5 stage 1 (112x112, b14 h2, 4 x 16, d_v 40)"]["v5p"]["forward_cycles"]
+    assert tpu_cost.with_kernel_cycles(kernel, setup).cycles == 16 * one
 
 
 def test_errors_stand_beside_every_estimate(monkeypatch, tmp_path, capsys):
