@@ -27,6 +27,8 @@ def get_config() -> ConfigDict:
     config.model.downsample = ""  # queries or pool: how attention halves the map
     config.model.activation = ""  # relu or silu
     config.model.channel_attention = ""  # none, se or eca
+    config.model.drop_path = 0.0  # stochastic depth: of the last block, growing from 0 at the first
+    config.model.dropout = 0.0  # of the pooled channels, before the classifier
     config.model.pad_to_blocks = False  # images of any size: each map padded to whole blocks
 
     config.data = ConfigDict()
@@ -44,18 +46,27 @@ def get_config() -> ConfigDict:
     config.augment.rotate = 0.0  # degrees either way
     config.augment.scale = 0.0  # largest relative change of size
     config.augment.translate = 0.0  # largest shift, as a fraction of the image size
+    config.augment.mixup = 0.0  # alpha of MixUp's shares; 0: none
+    config.augment.cutmix = 0.0  # alpha of CutMix's; 0: none
+    config.augment.cutmix_probability = 0.5  # of CutMix for a batch, where both are on
+    config.augment.repeats = 1  # times that a batch holds each of its images, changed differently
 
     config.train = ConfigDict()
     config.train.steps = 0  # optimizer steps; 0: unset, epochs decide
     config.train.epochs = 0  # passes over the training split; 0: unset
+    config.train.loss = "cross_entropy"  # or binary: one yes or no a class
     config.train.label_smoothing = 0.1  # probability spread over all classes
+    config.train.target_threshold = 0.0  # of binary: targets above it are 1, others 0; 0: as is
+    config.train.accumulate = 1  # parts of a batch, one after the other: less memory, same step
     config.train.ema_decay = 0.0  # of averaged weights and batch statistics; 0: none are kept
 
     config.optim = ConfigDict()
-    config.optim.name = "adamw"  # adamw, or sgd (with Nesterov momentum)
+    config.optim.name = "adamw"  # adamw, lamb, sgd (Nesterov) or rmsprop (as EfficientNet's)
     config.optim.learning_rate = 1e-3  # peak
-    config.optim.warmup = 0.05  # fraction of the run, linear; then a cosine to 0
-    config.optim.momentum = 0.9  # of sgd; b1 of adamw
+    config.optim.base_batch = 0  # the rate is for so many images a step, scaled; 0: as it is
+    config.optim.warmup = 0.05  # fraction of the run, linear; then a cosine to the floor
+    config.optim.floor = 0.0  # last learning rate; scaled as the peak
+    config.optim.momentum = 0.9  # of sgd and rmsprop; b1 of adamw and lamb
     config.optim.weight_decay = 0.05  # of kernels only
     config.optim.clip_norm = 1.0  # largest global norm of the gradient; 0: no clipping
 

@@ -34,6 +34,21 @@ AS_NAMED = {
     "block_size": 0,
     "halo_size": -1,
     "pad_to_blocks": False,
+    "drop_path": 0.0,
+    "dropout": 0.0,
+}
+
+# What keys that came later mean where a saved configuration lacks them.
+ADDED = {
+    **{f"model.{key}": value for key, value in AS_NAMED.items()},
+    **dict.fromkeys(("augment.mixup", "augment.cutmix"), 0.0),
+    "augment.cutmix_probability": 0.5,
+    "augment.repeats": 1,
+    "train.loss": "cross_entropy",
+    "train.target_threshold": 0.0,
+    "train.accumulate": 1,
+    "optim.base_batch": 0,
+    "optim.floor": 0.0,
 }
 
 
@@ -136,7 +151,7 @@ def check_values(config: ConfigDict) -> None:
     positive = (
         *("model.bn_group", "data.image_size", "data.batch_size", "optim.learning_rate"),
         *("eval.every_steps", "eval.batch_size", "checkpoint.every_steps"),
-        *("checkpoint.keep_latest", "log.every_steps"),
+        *("checkpoint.keep_latest", "log.every_steps", "augment.repeats", "train.accumulate"),
     )
     for key, value in flat.items():
         if isinstance(value, float) and not math.isfinite(value):
@@ -148,22 +163,31 @@ def check_values(config: ConfigDict) -> None:
             raise ConfigError(f"config.{key}={flat[key]} must be above 0")
     not_negative = (
         *("data.threads", "augment.rotate", "train.steps", "train.epochs"),
-        *("optim.weight_decay", "optim.clip_norm", "checkpoint.keep_best", "mesh.data"),
+        *("optim.weight_decay", "optim.clip_norm", "optim.base_batch", "optim.floor"),
+        *("checkpoint.keep_best", "mesh.data", "augment.mixup", "augment.cutmix"),
     )
     for key in not_negative:
         if flat[key] < 0:
             raise ConfigError(f"config.{key}={flat[key]} must not be negative")
     fractions = ("augment.scale", "augment.translate", "train.label_smoothing")
-    for key in (*fractions, "train.ema_decay", "optim.warmup", "optim.momentum"):
+    fractions += ("train.target_threshold", "train.ema_decay", "optim.warmup", "optim.momentum")
+    for key in fractions:
         if not 0 <= flat[key] < 1:
             raise ConfigError(f"config.{key}={flat[key]} must be at least 0 and below 1")
+    if not 0 <= flat["augment.cutmix_probability"] <= 1:
+        value = flat["augment.cutmix_probability"]
+        raise ConfigError(f"config.augment.cutmix_probability={value} must be from 0 to 1")
     for key in ("data.mean", "data.std"):
         numbers = [x for x in flat[key] if isinstance(x, int | float) and math.isfinite(x)]
         if len(flat[key]) != 3 or len(numbers) != 3:
             raise ConfigError(f"config.{key}={flat[key]} must have three numbers, one a channel")
     if min(flat["data.std"]) <= 0:
         raise ConfigError(f"config.data.std={flat['data.std']} must be above 0")
-    choices = {"optim.name": optim.OPTIMIZERS, "model.dtype": ("float32", "bfloat16")}
+    choices = {
+        "optim.name": optim.OPTIMIZERS,
+        "model.dtype": ("float32", "bfloat16"),
+        "train.loss": ("cross_entropy", "binary"),
+    }
     for key, known in choices.items():
         if flat[key] not in known:
             raise ConfigError(f"config.{key}={flat[key]!r} is not one of {', '.join(known)}")
@@ -187,7 +211,13 @@ def validate(config: ConfigDict, *, num_classes: int) -> HaloNet:
     except ValueError as error:
         raise ConfigError(f"config.model: {error}") from error
     check_image_size(model, config.data.image_size)
-    check_devices("data.batch_size", config.data.batch_size, config.model.bn_group)
+    batch, parts = config.data.batch_size, config.train.accumulate
+    check_devices("data.batch_size", batch, config.model.bn_group, parts)
+    if batch % config.augment.repeats:
+        repeats = config.augment.repeats
+        raise ConfigError(
+            f"config.augment.repeats={repeats} does not divide config.data.batch_size={batch}"
+        )
     check_devices("eval.batch_size", config.eval.batch_size)
     return model
 
@@ -214,14 +244,15 @@ def check_image_size(model: HaloNet, size: int) -> None:
         raise ConfigError(f"config.data.image_size={size}: {error}") from error
 
 
-def check_devices(key: str, batch_size: int, bn_group: int = 1) -> None:
-    """Refuses a batch that the devices cannot share in whole groups of batch-norm examples."""
+def check_devices(key: str, batch_size: int, bn_group: int = 1, parts: int = 1) -> None:
+    """Refuses a batch that devices cannot share in parts of whole groups of batch-norm examples."""
     devices = jax.device_count()
-    unit = devices * bn_group
+    unit = devices * bn_group * parts
     if batch_size % unit:
         groups = f" in groups of config.model.bn_group={bn_group}" if bn_group > 1 else ""
+        pieces = f", {parts} parts each (config.train.accumulate)" if parts > 1 else ""
         raise ConfigError(
-            f"config.{key}={batch_size} cannot be shared by {devices} devices{groups}; "
+            f"config.{key}={batch_size} cannot be shared by {devices} devices{pieces}{groups}; "
             f"the nearest that can: {max(1, round(batch_size / unit)) * unit}"
         )
 
@@ -240,9 +271,7 @@ def check_workdir(config: ConfigDict, workdir: epath.PathLike) -> None:
     """
     if not (epath.Path(workdir) / "config.json").exists():
         return
-    # A run from before a key existed has what the key means by default.
-    saved = {f"model.{key}": value for key, value in AS_NAMED.items()}
-    saved, now = {**saved, **flatten(load_config(workdir))}, flatten(config)
+    saved, now = flatten(load_config(workdir)), flatten(config)
     differing = [
         f"{key}: {saved.get(key)!r} there, {now.get(key)!r} now"
         for key in sorted(saved.keys() | now.keys())
@@ -277,6 +306,11 @@ def load_config(workdir: epath.PathLike) -> ConfigDict:
     if not path.exists():
         raise ConfigError(f"{workdir} holds no run: there is no config.json in it")
     try:
-        return ConfigDict(json.loads(path.read_text()))
+        config = ConfigDict(json.loads(path.read_text()))
     except ValueError as error:
         raise ConfigError(f"{path} is damaged: {_one_line(error)}") from error
+    for key, value in ADDED.items():
+        group, _, name = key.partition(".")
+        if group in config and name not in config[group]:
+            config[group][name] = value
+    return config

@@ -1,7 +1,8 @@
 """One training step, one evaluation step, and the state between them: pure functions.
 
-Nothing here knows a configuration or a model: the step is handed `apply_fn`. Randomness, where a
-step needs it, is `fold_in(key(seed), state.step)`; the state holds arrays only.
+Nothing here knows a configuration or a model: the step is handed `apply_fn`. Randomness is
+`fold_in(key(seed), state.step)`, so that a run that goes on draws what it would have drawn; the
+state holds arrays only.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 Batch = dict[str, Array]
 Metrics = dict[str, Array]
@@ -82,12 +83,94 @@ def normalize(
     return (scaled - jnp.array(mean).reshape(channels)) / jnp.array(std).reshape(channels)
 
 
+def smooth_targets(
+    labels: Int[Array, " n"], num_classes: int, label_smoothing: float
+) -> Float[Array, "n classes"]:
+    """Distributions over the classes, of which `label_smoothing` is spread evenly."""
+    return optax.smooth_labels(jax.nn.one_hot(labels, num_classes), label_smoothing)
+
+
 def cross_entropy(
-    logits: Float[Array, "n classes"], labels: Int[Array, " n"], label_smoothing: float
+    logits: Float[Array, "n classes"], targets: Float[Array, "n classes"]
 ) -> Float[Array, " n"]:
-    """Cross-entropy in nats, against targets of which `label_smoothing` is spread evenly."""
-    targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), label_smoothing)
+    """Cross-entropy in nats."""
     return optax.softmax_cross_entropy(logits, targets)
+
+
+def binary_cross_entropy(
+    logits: Float[Array, "n classes"], targets: Float[Array, "n classes"], threshold: float
+) -> Float[Array, " n"]:
+    """Cross-entropy in nats of one yes or no a class, averaged over the classes.
+
+    Args:
+      threshold: targets above it count as 1, the others as 0; 0 takes them as they are.
+
+    Source: Wightman et al., ResNet strikes back, 2021, arXiv 2110.00476, section 3: an image made
+    of two shows both of its classes.
+    """
+    if threshold:
+        targets = (targets > threshold).astype(targets.dtype)
+    return optax.sigmoid_binary_cross_entropy(logits, targets).mean(axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixing:
+    """MixUp and CutMix of a batch, one or the other: what to draw, and among whom.
+
+    An image is mixed with its mirror in its group of consecutive examples, the first with the last,
+    as timm does in a whole batch: groups stay on one device, and their order is random anyway.
+
+    Attributes:
+      mixup, cutmix: alpha of the Beta(alpha, alpha) that the share of an image is drawn from, one
+        share for the whole batch; 0: never.
+      cutmix_probability: of CutMix for a batch, where both are on.
+      group: examples of a group, which divide the batch.
+
+    Source: Zhang et al., mixup, arXiv 1710.09412; Yun et al., CutMix, arXiv 1905.04899.
+    """
+
+    mixup: float
+    cutmix: float
+    cutmix_probability: float
+    group: int
+
+    def __call__(
+        self, key: Array, images: Float[Array, "n h w c"]
+    ) -> tuple[Float[Array, "n h w c"], Float[Array, ""]]:
+        """Returns mixed images, and the share that each keeps; its partner has the rest."""
+        choice, share, place = jax.random.split(key, 3)
+        partners = self.partners(images)
+
+        def blend(alpha: float) -> tuple[Array, Array]:
+            kept = jax.random.beta(share, alpha, alpha)
+            return images * kept + partners * (1 - kept), kept
+
+        def paste(alpha: float) -> tuple[Array, Array]:
+            box = cutmix_box(place, jax.random.beta(share, alpha, alpha), images.shape[1:3])
+            inside = box[None, :, :, None]
+            return jnp.where(inside, partners, images), 1 - box.mean(dtype=jnp.float32)
+
+        if not self.cutmix:
+            return blend(self.mixup)
+        if not self.mixup:
+            return paste(self.cutmix)
+        pasted = jax.random.bernoulli(choice, self.cutmix_probability)
+        return jax.lax.cond(pasted, lambda: paste(self.cutmix), lambda: blend(self.mixup))
+
+    def partners(self, x: Array) -> Array:
+        """Puts each example's partner in its place."""
+        return x.reshape(-1, self.group, *x.shape[1:])[:, ::-1].reshape(x.shape)
+
+
+def cutmix_box(key: Array, kept: Float[Array, ""], size: tuple[int, int]) -> Bool[Array, "h w"]:
+    """True in a box of 1 - `kept` of the area around a random pixel, where it is in the image."""
+    sides = [jnp.floor(length * jnp.sqrt(1 - kept)).astype(jnp.int32) for length in size]
+    along = []
+    for axis_key, length, side in zip(jax.random.split(key), size, sides, strict=True):
+        center = jax.random.randint(axis_key, (), 0, length)
+        pixels = jnp.arange(length)
+        along.append((pixels >= center - side // 2) & (pixels < center + side // 2))
+    return along[0][:, None] & along[1][None, :]
 
 
 def hits(logits: Float[Array, "n classes"], labels: Int[Array, " n"], k: int) -> Float[Array, " n"]:
@@ -113,38 +196,82 @@ def train_step(
     std: tuple[float, ...],
     label_smoothing: float,
     ema_decay: float,
+    loss: Callable = cross_entropy,
+    mixing: Mixing | None = None,
+    seed: int = 0,
+    accumulate: int = 1,
+    shares: int = 1,
 ) -> tuple[TrainState, Metrics]:
     """One optimizer step.
 
     Args:
       state: donated by the caller.
       batch: "image" uint8 (N, H, W, 3) and "label" int32 (N,).
-      apply_fn: the model's `apply`.
+      apply_fn: the model's `apply`; it draws from the stream "dropout".
       tx: the optimizer.
       learning_rate: step -> learning rate, for the record; `tx` holds its own.
       mean, std: of the images, see `normalize`.
-      label_smoothing: see `cross_entropy`.
+      label_smoothing: see `smooth_targets`.
       ema_decay: of the moving averages; ignored where the state has none.
+      loss: (logits, targets) -> one number an example.
+      mixing: of images and of labels, or None.
+      seed: of what the step draws: shares and boxes of `mixing`, and the model's dropout.
+      accumulate: parts of the batch, whose gradients are averaged one after the other: the step
+        of the whole batch in the memory of a part. Batch statistics are the same where groups of
+        `BatchNorm` lie within a part.
+      shares: devices that share the batch; a part has as much of each.
 
     Returns:
       The next state, and sums over the batch: "loss", "top1" and "count", beside the scalars
-      "grad_norm" (before clipping) and "learning_rate".
+      "grad_norm" (before clipping) and "learning_rate". Of mixed images, "top1" asks for the label
+      of the larger share.
     """
-    images = normalize(batch["image"], mean, std)
-    labels = batch["label"]
+    mix_key, drop_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
 
-    def loss_fn(params: Any) -> tuple[Array, tuple[Any, Metrics]]:
-        variables = {"params": params, "batch_stats": state.batch_stats}
-        logits, updates = apply_fn(variables, images, train=True, mutable=["batch_stats"])
-        losses = cross_entropy(logits, labels, label_smoothing)
+    def loss_fn(params: Any, part: Batch, key: Array) -> tuple[Array, tuple[Any, Metrics]]:
+        images, labels = normalize(part["image"], mean, std), part["label"]
+        kept, others = jnp.float32(1), labels
+        if mixing:
+            # One draw for all parts.
+            images, kept = mixing(mix_key, images)
+            others = mixing.partners(labels)
+        logits, updates = apply_fn(
+            {"params": params, "batch_stats": state.batch_stats},
+            images,
+            train=True,
+            mutable=["batch_stats"],
+            rngs={"dropout": key},
+        )
+        targets = smooth_targets(labels, logits.shape[-1], label_smoothing)
+        if mixing:
+            of_others = smooth_targets(others, logits.shape[-1], label_smoothing)
+            targets = targets * kept + of_others * (1 - kept)
+        losses = loss(logits, targets)
         sums = {
             "loss": losses.sum(),
-            "top1": hits(logits, labels, 1).sum(),
+            "top1": hits(logits, jnp.where(kept < 0.5, others, labels), 1).sum(),
             "count": jnp.float32(len(losses)),
         }
         return losses.mean(), (updates["batch_stats"], sums)
 
-    grads, (batch_stats, metrics) = jax.grad(loss_fn, has_aux=True)(state.params)
+    def gradients(part: Batch, key: Array) -> tuple[Any, Any, Metrics]:
+        grads, (batch_stats, sums) = jax.grad(loss_fn, has_aux=True)(state.params, part, key)
+        return grads, batch_stats, sums
+
+    if accumulate == 1:
+        grads, batch_stats, metrics = gradients(batch, drop_key)
+    else:
+        # Every part starts from the same running statistics, which are linear in those of a batch.
+        parts = jax.tree.map(lambda x: _parts(x, accumulate, shares), batch)
+        keys = jax.random.split(drop_key, accumulate)
+        first = jax.eval_shape(gradients, jax.tree.map(lambda x: x[0], parts), keys[0])
+        total, _ = jax.lax.scan(
+            lambda total, part: (jax.tree.map(jnp.add, total, gradients(*part)), None),
+            jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first),
+            (parts, keys),
+        )
+        *means, metrics = total
+        grads, batch_stats = jax.tree.map(lambda x: x / accumulate, means)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics["grad_norm"] = optax.tree.norm(grads)
@@ -164,6 +291,12 @@ def train_step(
     return TrainState(state.step + 1, params, batch_stats, opt_state, ema), metrics
 
 
+def _parts(x: Array, parts: int, shares: int) -> Array:
+    """(N, ...) to (parts, N / parts, ...), with an equal piece of each device's share in a part."""
+    x = x.reshape(shares, parts, -1, *x.shape[1:]).swapaxes(0, 1)
+    return x.reshape(parts, -1, *x.shape[3:])
+
+
 def eval_step(
     variables: dict[str, Any],
     batch: Batch,
@@ -177,7 +310,7 @@ def eval_step(
     labels = batch["label"]
     mask = batch["mask"].astype(jnp.float32)
     return {
-        "loss": (cross_entropy(logits, labels, 0.0) * mask).sum(),
+        "loss": (cross_entropy(logits, jax.nn.one_hot(labels, logits.shape[-1])) * mask).sum(),
         "top1": (hits(logits, labels, 1) * mask).sum(),
         "top5": (hits(logits, labels, 5) * mask).sum(),
         "count": mask.sum(),

@@ -8,6 +8,7 @@ import functools
 import json
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -87,9 +88,7 @@ def train_and_evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str,
         config_lib.save_config(config, workdir)
 
     # The state, abstract first: its shardings are known before any array exists.
-    schedule = optim.warmup_cosine(
-        peak=config.optim.learning_rate, total_steps=total, warmup=config.optim.warmup
-    )
+    schedule = _schedule(config, total)
     tx = optim.make_optimizer(
         config.optim.name,
         learning_rate=schedule,
@@ -131,7 +130,13 @@ def train_and_evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str,
             start_step=start,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
-            augment=functools.partial(transforms.random_affine, **config.augment.to_dict()),
+            augment=functools.partial(
+                transforms.random_affine,
+                rotate=config.augment.rotate,
+                scale=config.augment.scale,
+                translate=config.augment.translate,
+            ),
+            repeats=config.augment.repeats,
             threads=config.data.threads,
         ),
         sharding.batch_sharding(mesh),
@@ -147,6 +152,11 @@ def train_and_evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str,
             std=tuple(config.data.std),
             label_smoothing=config.train.label_smoothing,
             ema_decay=config.train.ema_decay,
+            loss=_loss(config),
+            mixing=_mixing(config),
+            seed=config.seed,
+            accumulate=config.train.accumulate,
+            shares=mesh.size,
         ),
         donate_argnums=0,
         in_shardings=(shardings, sharding.batch_sharding(mesh)),
@@ -264,6 +274,35 @@ def train_and_evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str,
     return summary
 
 
+def _schedule(config: ConfigDict, total: int) -> Callable:
+    """The learning rate of each step, under the linear rule where the configuration asks for it."""
+    rule = {"batch_size": config.data.batch_size, "base_batch": config.optim.base_batch}
+    return optim.warmup_cosine(
+        peak=optim.scaled(config.optim.learning_rate, **rule),
+        total_steps=total,
+        warmup=config.optim.warmup,
+        floor=optim.scaled(config.optim.floor, **rule),
+    )
+
+
+def _loss(config: ConfigDict) -> Callable:
+    if config.train.loss == "cross_entropy":
+        return steps.cross_entropy
+    threshold = config.train.target_threshold
+    return functools.partial(steps.binary_cross_entropy, threshold=threshold)
+
+
+def _mixing(config: ConfigDict) -> steps.Mixing | None:
+    if not config.augment.mixup and not config.augment.cutmix:
+        return None
+    return steps.Mixing(
+        mixup=config.augment.mixup,
+        cutmix=config.augment.cutmix,
+        cutmix_probability=config.augment.cutmix_probability,
+        group=config.model.bn_group,
+    )
+
+
 def _abstract_batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """The shapes of a global training batch, as the pipeline makes it."""
     n, size = config.data.batch_size, config.data.image_size
@@ -338,6 +377,11 @@ def _introduce(
     kind = mesh.devices.flat[0].device_kind
     if kind not in runtime.PEAK_FLOPS and jax.default_backend() != "cpu":
         progress.say(f"no perf/mfu: the peak of a {kind!r} is not in halonet.runtime.PEAK_FLOPS")
+    rate, base = config.optim.learning_rate, config.optim.base_batch
+    if base:
+        batch = config.data.batch_size
+        peak = optim.scaled(rate, batch_size=batch, base_batch=base)
+        progress.say(f"learning rate up to {peak:g} = {rate:g} * batch {batch} / {base}")
     if start:
         progress.say(f"going on from the checkpoint of step {start}")
 

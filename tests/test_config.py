@@ -57,6 +57,8 @@ def test_what_is_not_set_stays_as_the_named_model_has_it(config):
         "activation": "silu",
         "channel_attention": "se",
         "pad_to_blocks": True,
+        "drop_path": 0.1,
+        "dropout": 0.2,
     }
     assert set(values) == set(AS_NAMED)
     config.model.update(values)
@@ -67,15 +69,16 @@ def test_what_is_not_set_stays_as_the_named_model_has_it(config):
 POSITIVE = (
     *("model.bn_group", "data.image_size", "data.batch_size", "optim.learning_rate"),
     *("eval.every_steps", "eval.batch_size", "checkpoint.every_steps"),
-    *("checkpoint.keep_latest", "log.every_steps"),
+    *("checkpoint.keep_latest", "log.every_steps", "augment.repeats", "train.accumulate"),
 )
 NOT_NEGATIVE = (
     *("seed", "data.threads", "augment.rotate", "train.steps", "train.epochs"),
-    *("optim.weight_decay", "optim.clip_norm", "checkpoint.keep_best", "mesh.data"),
+    *("optim.weight_decay", "optim.clip_norm", "optim.base_batch", "optim.floor"),
+    *("checkpoint.keep_best", "mesh.data", "augment.mixup", "augment.cutmix"),
 )
 FRACTIONS = (
     *("augment.scale", "augment.translate", "train.label_smoothing", "train.ema_decay"),
-    *("optim.warmup", "optim.momentum"),
+    *("optim.warmup", "optim.momentum", "train.target_threshold"),
 )
 BAD = [
     *((key, 0, "must be above 0") for key in POSITIVE),
@@ -88,6 +91,7 @@ BAD = [
     ("data.mean", (0.5,), "must have three numbers, one a channel"),
     ("data.std", (0.5, 0.5, 0.5, 0.5), "must have three numbers, one a channel"),
     ("data.std", (0.3, 0.0, 0.3), "must be above 0"),
+    ("augment.cutmix_probability", 1.5, "must be from 0 to 1"),
     ("optim.learning_rate", float("nan"), "must"),
     ("optim.learning_rate", float("inf"), "must"),
     ("optim.weight_decay", float("nan"), "must"),
@@ -118,7 +122,10 @@ def test_zero_is_allowed(config, key):
             {"train.steps": 0, "train.epochs": 0},
             "config.train.steps and config.train.epochs are both 0; set one of them",
         ),
-        ({"optim.name": "adam"}, "config.optim.name='adam' is not one of adamw, sgd"),
+        (
+            {"optim.name": "adam"},
+            "config.optim.name='adam' is not one of adamw, sgd, lamb, rmsprop",
+        ),
         (
             {"model.dtype": "float16"},
             "config.model.dtype='float16' is not one of float32, bfloat16",
@@ -155,6 +162,24 @@ def test_zero_is_allowed(config, key):
             {"data.batch_size": 100},
             "config.data.batch_size=100 cannot be shared by 8 devices in groups of "
             "config.model.bn_group=4; the nearest that can: 96",
+        ),
+        (
+            {"train.loss": "hinge"},
+            "config.train.loss='hinge' is not one of cross_entropy, binary",
+        ),
+        (
+            {"train.accumulate": 3},
+            "config.data.batch_size=64 cannot be shared by 8 devices, 3 parts each "
+            "(config.train.accumulate) in groups of config.model.bn_group=4; "
+            "the nearest that can: 96",
+        ),
+        (
+            {"augment.repeats": 3},
+            "config.augment.repeats=3 does not divide config.data.batch_size=64",
+        ),
+        (
+            {"model.drop_path": 1.0},
+            "config.model: drop_path 1.0 must be at least 0 and below 1",
         ),
         (
             {"eval.batch_size": 3},
@@ -217,6 +242,7 @@ def test_a_run_from_before_a_key_existed_goes_on(config, tmp_path):
     old = config.copy_and_resolve_references()
     with old.unlocked():
         del old.model["plan"]
+        del old.train["accumulate"]
     save_config(old, tmp_path)
     check_workdir(config, tmp_path)
     config.model.plan = "c/h"

@@ -170,6 +170,8 @@ def test_stages_are_of_the_kinds_of_the_plan():
         ({"plan": "c/h", "group_width": 5}, "group_width 5 does not divide the 32 channels"),
         ({"stem_kernel": 4}, "stem_kernel 4 must be odd"),
         ({"remat": "all"}, "remat 'all' is unknown; there are: none, attention, block"),
+        ({"drop_path": 1.0}, "drop_path 1.0 must be at least 0 and below 1"),
+        ({"dropout": -0.1}, "dropout -0.1 must be at least 0 and below 1"),
         ({"implementation": "cuda"}, "implementation 'cuda' is unknown; there are: None, ref"),
     ],
 )
@@ -239,6 +241,57 @@ def test_remat_saves_memory_on_a_tpu():
         program = tpu_aot.compile_for(jax.grad(loss, has_aux=True), *arguments)
         taken[remat] = program.memory.temp_size_in_bytes
     assert taken["block"] < taken["none"] / 3
+
+
+def test_stochastic_depth_leaves_branches_of_examples_out():
+    """More of them the deeper the block; what is kept is scaled up."""
+    model = create_model("halonet_tiny", num_classes=4, drop_path=0.6, depths=(1, 2), bn_group=0)
+    variables = random_variables(model, 16)
+    images = jax.random.normal(jax.random.key(1), (256, 16, 16, 3))
+    kept = {"drop_path", "bn3"}
+    run = jax.jit(
+        functools.partial(
+            model.apply,
+            train=True,
+            mutable=["batch_stats", "intermediates"],
+            capture_intermediates=lambda module, _: module.name in kept,
+        )
+    )
+    _, found = run(variables, images, rngs={"dropout": jax.random.key(2)})
+    found = found["intermediates"]
+    assert "drop_path" not in found["stage1_block1"]
+    for name, rate in (("stage2_block1", 0.3), ("stage2_block2", 0.6)):
+        before, after = (found[name][layer]["__call__"][0] for layer in ("bn3", "drop_path"))
+        left_out = (after == 0).all((1, 2, 3))
+        # Three standard deviations of a binomial share.
+        assert abs(left_out.mean() - rate) < 3 * np.sqrt(rate * (1 - rate) / 256)
+        right = np.where(left_out[:, None, None, None], 0, before / (1 - rate))
+        np.testing.assert_allclose(after, right, rtol=1e-5, atol=1e-6)
+
+
+def test_dropout_of_the_pooled_channels():
+    options = {"dropout": 0.25, "bn_group": 0, "activation": "silu"}  # which has no zeros itself
+    model = create_model("halonet_tiny", num_classes=4, **options)
+    variables = random_variables(model, 16)
+    images = jax.random.normal(jax.random.key(1), (64, 16, 16, 3))
+    run = functools.partial(
+        model.apply,
+        train=True,
+        mutable=["batch_stats", "intermediates"],
+        capture_intermediates=lambda module, _: module.name == "dropout_head",
+    )
+    _, found = jax.jit(run)(variables, images, rngs={"dropout": jax.random.key(2)})
+    (pooled,) = found["intermediates"]["dropout_head"]["__call__"]
+    assert abs((np.asarray(pooled) == 0).mean() - 0.25) < 0.02
+
+
+def test_nothing_is_dropped_in_evaluation():
+    plain = create_model("halonet_tiny", num_classes=4)
+    dropping = create_model("halonet_tiny", num_classes=4, drop_path=0.5, dropout=0.5)
+    variables = random_variables(plain, 16)
+    images = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
+    found = (evaluate(model, variables, images) for model in (plain, dropping))
+    np.testing.assert_array_equal(*found)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -31,6 +31,18 @@ def test_warmup_cosine(warmup, expected):
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-8)
 
 
+def test_the_cosine_ends_at_its_floor():
+    schedule = optim.warmup_cosine(peak=0.4, total_steps=100, warmup=0.1, floor=0.1)
+    found = [float(schedule(step)) for step in (10, 55, 100, 200)]
+    np.testing.assert_allclose(found, [0.4, 0.1 + cosine(0.3, 0.5), 0.1, 0.1], rtol=1e-6)
+
+
+def test_the_linear_rule():
+    assert optim.scaled(0.1, batch_size=1024, base_batch=256) == pytest.approx(0.4)
+    assert optim.scaled(0.1, batch_size=64, base_batch=256) == pytest.approx(0.025)
+    assert optim.scaled(0.1, batch_size=64, base_batch=0) == 0.1
+
+
 @pytest.mark.parametrize("total_steps", [1, 2, 5])
 def test_warmup_of_nearly_all_of_a_short_run(total_steps):
     schedule = optim.warmup_cosine(peak=0.4, total_steps=total_steps, warmup=0.95)
@@ -113,6 +125,43 @@ def test_adamw_by_hand(weight_decay):
         assert_close(found[step], params)
 
 
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_lamb_by_hand(weight_decay):
+    params = dict(PARAMS)
+    mean = {name: np.zeros_like(value) for name, value in PARAMS.items()}
+    square = {name: np.zeros_like(value) for name, value in PARAMS.items()}
+    b1, b2 = 0.9, 0.999
+    found = steps_of("lamb", weight_decay=weight_decay)
+    for step, (rate, grads) in enumerate(zip(RATES, GRADS, strict=True)):
+        for name in PARAMS:
+            decay = weight_decay if name == "kernel" else 0.0
+            mean[name] = b1 * mean[name] + (1 - b1) * grads[name]
+            square[name] = b2 * square[name] + (1 - b2) * grads[name] ** 2
+            direction = mean[name] / (1 - b1 ** (step + 1))
+            direction = direction / (np.sqrt(square[name] / (1 - b2 ** (step + 1))) + 1e-6)
+            direction = direction + decay * params[name]
+            # Each array moves by its own norm times the rate.
+            trust = np.linalg.norm(params[name]) / np.linalg.norm(direction)
+            params[name] = params[name] - rate * trust * direction
+        assert_close(found[step], params)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_rmsprop_by_hand(weight_decay):
+    """TensorFlow's: the rate enters the momentum, epsilon the root, and squares start at 1."""
+    params = dict(PARAMS)
+    square = {name: np.ones_like(value) for name, value in PARAMS.items()}
+    velocity = {name: np.zeros_like(value) for name, value in PARAMS.items()}
+    found = steps_of("rmsprop", weight_decay=weight_decay)
+    for step, (rate, grads) in enumerate(zip(RATES, GRADS, strict=True)):
+        for name in PARAMS:
+            grad = grads[name] + (weight_decay if name == "kernel" else 0.0) * params[name]
+            square[name] = 0.9 * square[name] + 0.1 * grad**2
+            velocity[name] = 0.9 * velocity[name] + rate * grad / np.sqrt(square[name] + 1e-3)
+            params[name] = params[name] - velocity[name]
+        assert_close(found[step], params)
+
+
 def test_clipping_is_of_the_global_norm():
     norm = np.sqrt(sum((grad**2).sum() for grad in GRADS[0].values()))
     clipped = [{name: grad * 0.25 / norm for name, grad in GRADS[0].items()}]
@@ -138,6 +187,6 @@ def test_every_name_builds(name):
 
 
 def test_unknown_name():
-    message = "unknown optimizer 'adam'; there are: adamw, sgd"
+    message = "unknown optimizer 'adam'; there are: adamw, sgd, lamb, rmsprop"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         steps_of("adam")

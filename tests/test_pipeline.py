@@ -128,6 +128,33 @@ def test_every_epoch_visits_every_example_once_in_a_new_order():
     assert max(collections.Counter(epochs[:, 0].tolist()).values()) < 8
 
 
+def test_repeated_augmentation():
+    """Each batch holds a third of its examples, three times, each changed differently."""
+    plain, repeated = train(6, batch_size=4), train(6, batch_size=12, repeats=3)
+    for few, batch in zip(plain, repeated, strict=True):
+        np.testing.assert_array_equal(batch["label"], np.tile(few["label"], 3))
+    changed = train(6, batch_size=12, repeats=3, augment=noisy)
+    for batch in changed:
+        images = batch["image"].reshape(3, 4, -1)
+        for one, other in ((0, 1), (0, 2), (1, 2)):
+            assert (images[one] != images[other]).any(axis=-1).all()
+    halves = [
+        train(6, batch_size=12, repeats=3, augment=noisy, process_index=p, process_count=2)
+        for p in (0, 1)
+    ]
+    joined = [
+        {name: np.concatenate([one[name], other[name]]) for name in one}
+        for one, other in zip(*halves, strict=True)
+    ]
+    assert_same(joined, changed)
+    assert_same(train(2, batch_size=12, repeats=3, augment=noisy, start_step=4), changed[4:])
+
+
+def test_repeats_divide_the_batch():
+    with pytest.raises(ValueError, match=r"^repeats=3 does not divide batch_size=8$"):
+        train(1, repeats=3)
+
+
 def test_seeds_differ():
     orders = [
         np.concatenate([batch["label"] for batch in train(50, seed=seed)]).tobytes()

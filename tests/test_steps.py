@@ -1,5 +1,8 @@
 """The pure functions of a step, against answers worked out by hand."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +10,7 @@ import optax
 import pytest
 
 from halonet import steps
+from halonet.models import create_model
 
 
 class Linear:
@@ -22,11 +26,12 @@ class Linear:
         }
 
     @staticmethod
-    def apply(variables, images, *, train, mutable=None):
+    def apply(variables, images, *, train, mutable=None, rngs=None):
         logits = images.reshape(len(images), -1) @ variables["params"]["kernel"]
         if not train:
             return logits
         assert mutable == ["batch_stats"]
+        assert rngs.keys() == {"dropout"}
         return logits, {"batch_stats": {"mean": variables["batch_stats"]["mean"] + 1.0}}
 
 
@@ -49,13 +54,9 @@ def make(ema=True, learning_rate=0.1):
 
 
 def train_step(state, batch, tx, **kwargs):
+    defaults = {"apply_fn": Linear.apply, "label_smoothing": 0.0, "ema_decay": 0.9, **SCALE}
     return steps.train_step(
-        state,
-        batch,
-        apply_fn=Linear.apply,
-        tx=tx,
-        learning_rate=lambda step: 0.1 * (step + 1),
-        **{**SCALE, "label_smoothing": 0.0, "ema_decay": 0.9, **kwargs},
+        state, batch, tx=tx, learning_rate=lambda step: 0.1 * (step + 1), **{**defaults, **kwargs}
     )
 
 
@@ -68,11 +69,126 @@ def test_normalize():
 
 def test_cross_entropy_with_smoothing():
     logits = jnp.log(jnp.array([[0.5, 0.25, 0.25]]))
-    plain = steps.cross_entropy(logits, jnp.array([0]), 0.0)
+    plain = steps.cross_entropy(logits, steps.smooth_targets(jnp.array([0]), 3, 0.0))
     np.testing.assert_allclose(plain, [np.log(2)], rtol=1e-6)
-    # Targets 0.8, 0.1, 0.1.
-    smooth = steps.cross_entropy(logits, jnp.array([0]), 0.3)
+    targets = steps.smooth_targets(jnp.array([0]), 3, 0.3)
+    np.testing.assert_allclose(targets, [[0.8, 0.1, 0.1]], rtol=1e-6)
+    smooth = steps.cross_entropy(logits, targets)
     np.testing.assert_allclose(smooth, [0.8 * np.log(2) + 0.2 * np.log(4)], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("threshold", "targets"), [(0.0, [0.7, 0.25, 0.05]), (0.2, [1.0, 1.0, 0.0])]
+)
+def test_binary_cross_entropy(threshold, targets):
+    logits = np.array([[2.0, -1.0, 0.5]])
+    yes = 1 / (1 + np.exp(-logits))
+    right = -(targets * np.log(yes) + (1 - np.array(targets)) * np.log(1 - yes)).mean(-1)
+    found = steps.binary_cross_entropy(
+        jnp.asarray(logits, jnp.float32), jnp.array([[0.7, 0.25, 0.05]]), threshold
+    )
+    np.testing.assert_allclose(found, right, rtol=1e-5)
+
+
+def numbered_images(n=8, side=6):
+    """Each image one number, 1 to n."""
+    return jnp.broadcast_to(jnp.arange(1.0, n + 1)[:, None, None, None], (n, side, side, 3))
+
+
+def keys(count):
+    return jax.random.split(jax.random.key(3), count)
+
+
+def test_mixup_blends_with_the_mirror_in_the_group():
+    mixing = steps.Mixing(mixup=0.8, cutmix=0.0, cutmix_probability=0.5, group=4)
+    mixed, kept = mixing(keys(1)[0], numbered_images())
+    own = np.arange(1.0, 9)
+    partner = np.array([4, 3, 2, 1, 8, 7, 6, 5])
+    assert 0 < kept < 1
+    right = kept * own + (1 - kept) * partner
+    np.testing.assert_allclose(mixed, np.broadcast_to(right[:, None, None, None], mixed.shape))
+    np.testing.assert_array_equal(mixing.partners(jnp.asarray(own)), partner)
+
+
+@pytest.mark.parametrize("alpha", [0.2, 0.8])
+def test_shares_of_mixup_are_beta_distributed(alpha):
+    stats = pytest.importorskip("scipy.stats")
+    mixing = steps.Mixing(mixup=alpha, cutmix=0.0, cutmix_probability=0.5, group=2)
+    _, kept = jax.vmap(lambda key: mixing(key, jnp.zeros((2, 1, 1, 1))))(keys(2000))
+    assert stats.kstest(np.asarray(kept), stats.beta(alpha, alpha).cdf).pvalue > 0.01
+
+
+def test_cutmix_pastes_a_box_and_counts_its_pixels():
+    mixing = steps.Mixing(mixup=0.0, cutmix=1.0, cutmix_probability=0.5, group=8)
+    images = numbered_images(side=12)
+    areas = []
+    for key in keys(40):
+        mixed, kept = mixing(key, images)
+        pasted = np.asarray(mixed[0, :, :, 0]) == 8
+        np.testing.assert_array_equal(mixed[0, :, :, 0], np.where(pasted, 8, 1))
+        for own, image in enumerate(mixed, start=1):
+            np.testing.assert_array_equal(image[:, :, 2], np.where(pasted, 9 - own, own))
+        # A box, and the labels know its pixels exactly.
+        rows, cols = pasted.any(1), pasted.any(0)
+        assert pasted.sum() == rows.sum() * cols.sum()
+        for axis in (rows, cols):
+            assert (np.diff(np.flatnonzero(axis)) == 1).all()
+        np.testing.assert_allclose(kept, 1 - pasted.mean(), rtol=1e-6)
+        areas.append(pasted.mean())
+    assert min(areas) < 0.1
+    assert max(areas) > 0.5
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.25, 0.9, 1.0])
+def test_a_cutmix_box_has_its_area_where_the_image_does_not_cut_it(kept):
+    boxes = jax.vmap(lambda key: steps.cutmix_box(key, jnp.float32(kept), (40, 20)))(keys(200))
+    sizes = np.asarray(boxes).sum((1, 2))
+    # Sides of whole pixels, an even number of them.
+    sides = [int(length * np.sqrt(1 - kept)) // 2 * 2 for length in (40, 20)]
+    assert sizes.max() == sides[0] * sides[1]
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.3, 1.0])
+def test_either_cutmix_or_mixup(probability):
+    mixing = steps.Mixing(mixup=0.5, cutmix=0.5, cutmix_probability=probability, group=2)
+    images = jnp.stack([jnp.zeros((8, 8, 1)), jnp.ones((8, 8, 1))])
+    mixed, kept = jax.jit(jax.vmap(lambda key: mixing(key, images)))(keys(400))
+    # A pasted image has pixels of either image only.
+    mixed = np.asarray(mixed)[:, 0].reshape(400, -1)
+    blended = ((mixed > 0) & (mixed < 1)).all(1)
+    assert (blended | np.isin(mixed, (0, 1)).all(1)).all()
+    np.testing.assert_allclose(np.asarray(kept), 1 - mixed.mean(1), atol=1e-6)
+    assert abs(blended.mean() - (1 - probability)) < 0.08
+
+
+def test_a_step_mixes_images_and_labels(batch):
+    state, tx = make()
+    mixing = steps.Mixing(mixup=1.0, cutmix=0.0, cutmix_probability=0.0, group=4)
+    after, metrics = train_step(state, batch, tx, mixing=mixing, seed=7, label_smoothing=0.1)
+    mix_key, _ = jax.random.split(jax.random.fold_in(jax.random.key(7), 0))
+    x = (np.asarray(batch["image"], np.float32) / 255 - 0.5) / 0.25
+    mixed, kept = mixing(mix_key, jnp.asarray(x))
+    kept = float(kept)
+    one_hot = np.eye(3)[np.asarray(batch["label"])] * 0.9 + 0.1 / 3
+    targets = kept * one_hot + (1 - kept) * one_hot[::-1]
+    x = np.asarray(mixed, np.float64).reshape(4, -1)
+    gradient = x.T @ (np.full((4, 3), 1 / 3) - targets) / 4
+    np.testing.assert_allclose(after.params["kernel"], -0.1 * gradient, atol=1e-6)
+    np.testing.assert_allclose(metrics["loss"], 4 * np.log(3), rtol=1e-5)
+
+
+def test_draws_depend_on_the_seed_and_on_the_step(batch):
+    mixing = steps.Mixing(mixup=1.0, cutmix=0.0, cutmix_probability=0.0, group=2)
+    state, tx = make()
+    later = dataclasses.replace(state, step=state.step + 1)
+    runs = [(state, 0), (state, 0), (state, 1), (later, 0)]
+    kernels = [
+        np.asarray(train_step(start, batch, tx, mixing=mixing, seed=seed)[0].params["kernel"])
+        for start, seed in runs
+    ]
+    np.testing.assert_array_equal(kernels[0], kernels[1])
+    assert not np.array_equal(kernels[0], kernels[2])
+    assert not np.array_equal(kernels[0], kernels[3])
 
 
 @pytest.mark.parametrize(
@@ -142,3 +258,37 @@ def test_eval_step_counts_what_the_mask_keeps(batch):
     assert sums["top1"] == 1  # labels 0 and 1
     assert sums["top5"] == 2
     np.testing.assert_allclose(sums["loss"], 24.0, rtol=1e-5)  # 12 * 2 above the others, once
+
+
+@pytest.mark.parametrize(("accumulate", "shares"), [(2, 1), (2, 2)])
+def test_accumulation_equals_the_large_batch(accumulate, shares):
+    """Of a real model too: groups of batch statistics lie within the parts."""
+    model = create_model("halonet_tiny", num_classes=5, bn_group=2, depths=(1, 1))
+    rng = np.random.default_rng(1)
+    batch = {
+        "image": jnp.asarray(rng.integers(0, 256, (8, 32, 32, 3)), jnp.uint8),
+        "label": jnp.asarray(rng.integers(0, 5, 8), jnp.int32),
+    }
+    tx = optax.sgd(0.1)
+    state = steps.init_state(jax.random.key(0), init_fn=model.init, tx=tx, image_size=32, ema=False)
+    mixing = steps.Mixing(mixup=0.8, cutmix=0.0, cutmix_probability=0.0, group=2)
+
+    def step(**kwargs):
+        function = functools.partial(
+            train_step, tx=tx, apply_fn=model.apply, mixing=mixing, label_smoothing=0.1, **kwargs
+        )
+        return jax.jit(lambda state, batch: function(state, batch))(state, batch)
+
+    (whole, sums), (parts, sums_of_parts) = step(), step(accumulate=accumulate, shares=shares)
+    close = functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-6)
+    jax.tree.map(close, parts.params, whole.params)
+    jax.tree.map(close, parts.batch_stats, whole.batch_stats)
+    jax.tree.map(close, sums_of_parts, sums)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), whole.batch_stats, state.batch_stats)
+    assert max(jax.tree.leaves(moved)) > 1e-3
+
+
+def test_parts_take_from_every_share():
+    x = jnp.arange(12)
+    np.testing.assert_array_equal(steps._parts(x, 2, 1), [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]])
+    np.testing.assert_array_equal(steps._parts(x, 2, 3), [[0, 1, 4, 5, 8, 9], [2, 3, 6, 7, 10, 11]])

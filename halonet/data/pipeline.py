@@ -30,13 +30,15 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
     augment: Augment | None = None,
+    repeats: int = 1,
     threads: int = 1,
     prefetch: int = 4,
 ) -> collections.abc.Iterator[Batch]:
     """Endless training batches, each epoch in a new order.
 
     Global batch k holds the positions k*B to (k+1)*B - 1 of one endless stream, in which epoch
-    follows epoch: each visits every example once, and a batch may span two.
+    follows epoch: each visits every example once, and a batch may span two. With `repeats` each
+    batch holds B / repeats examples so many times, each changed differently by `augment`.
 
     Args:
       source: where the examples come from.
@@ -47,6 +49,7 @@ def train_batches(
       process_count: P; must divide the batch.
       augment: applied to each image, with a Generator that depends on the seed and on the position
         in the stream, so that an example is changed differently in each epoch.
+      repeats: repeated augmentation (Hoffer et al., 2019, arXiv 1901.09335); must divide the batch.
       threads: how many batches are made at once; 0 makes them in the caller's thread. One is best
         for small images, whose cost is Python's; decoding JPEGs lets go of the interpreter's lock.
       prefetch: how many batches are kept ready.
@@ -62,6 +65,10 @@ def train_batches(
     if len(source) == 0:
         raise ValueError(f"source {source.name!r} has 0 examples in its split {source.split!r}")
     stream = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+    if repeats < 1 or batch_size % repeats:
+        raise ValueError(f"repeats={repeats} does not divide batch_size={batch_size}")
+    if repeats > 1:
+        stream = _Repeated(stream, batch_size, repeats)
     if augment is not None:
         # Before the slice, so that the random numbers hang on the place in the global stream.
         stream = stream.random_map(lambda example, rng: _augmented(example, rng, augment))
@@ -104,6 +111,24 @@ def eval_batches(
 
     steps = grain.MapDataset.range(-(-examples // batch_size))
     return _iterate(steps.map(make), threads, prefetch)
+
+
+class _Repeated(grain.MapDataset):
+    """Of each `batch_size` elements the first part, `repeats` times.
+
+    Copies lie far apart, so that they do not share a group of batch statistics.
+    """
+
+    def __init__(self, parent: grain.MapDataset, batch_size: int, repeats: int):
+        super().__init__(parent)
+        self._batch_size, self._examples = batch_size, batch_size // repeats
+
+    def __len__(self) -> int:
+        return len(self._parent)
+
+    def __getitem__(self, index: int) -> typing.Any:
+        batch, offset = divmod(index, self._batch_size)
+        return self._parent[batch * self._examples + offset % self._examples]
 
 
 class _ProcessSlice(grain.MapDataset):

@@ -109,6 +109,7 @@ class BottleneckBlock(nn.Module):
     implementation: str | None
     bn_group: int
     remat: str
+    drop_path: float
     dtype: jax.typing.DTypeLike
     param_dtype: jax.typing.DTypeLike
 
@@ -133,6 +134,10 @@ class BottleneckBlock(nn.Module):
         # Zero: each residual branch starts switched off, and the network as its shortcuts.
         alone = shape.shortcut == "none"
         y = norm(y, "bn3", scale_init=nn.initializers.ones if alone else nn.initializers.zeros)
+        if self.drop_path and not alone:
+            # Of a whole example: Huang et al., Deep networks with stochastic depth, 1603.09382.
+            drop = nn.Dropout(self.drop_path, broadcast_dims=(1, 2, 3), name="drop_path")
+            y = drop(y, deterministic=not train)
         if shape.shortcut == "project":
             x = Conv1x1(shape.out_width, shape.stride, name="shortcut_conv", **dtypes)(x)
             x = norm(x, "shortcut_bn")

@@ -15,6 +15,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from halonet.models.attention import DOWNSAMPLES
@@ -85,6 +86,10 @@ class HaloNet(nn.Module):
       remat: what the backward pass computes again instead of keeping it from the forward pass:
         "none", "attention" (queries, keys, values and what comes of them) or "block" (whole
         residual blocks: only their outputs are kept). The results are the same to rounding.
+      drop_path: probability that the last block's branch is left out for an example in training;
+        it grows linearly from 0 at the first block. What is kept is scaled up.
+      dropout: probability of each pooled channel to be zero in training, before the classifier.
+        Both draw from the random stream "dropout".
       dtype, param_dtype: of the computation and of the parameters.
 
     Raises:
@@ -124,6 +129,8 @@ class HaloNet(nn.Module):
     implementation: str | None = None
     bn_group: int = 0
     remat: str = "none"
+    drop_path: float = 0.0
+    dropout: float = 0.0
     dtype: jax.typing.DTypeLike = jnp.float32
     param_dtype: jax.typing.DTypeLike = jnp.float32
 
@@ -257,6 +264,9 @@ class HaloNet(nn.Module):
             value = getattr(self, name)
             if value < number:
                 raise ValueError(f"{name} {value} must be at least {number}")
+        for name in ("drop_path", "dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least 0 and below 1")
         if self.stem_kernel % 2 == 0:
             raise ValueError(f"stem_kernel {self.stem_kernel} must be odd")
         blocks = [block for blocks in self.stages() for block in blocks]
@@ -301,7 +311,9 @@ class HaloNet(nn.Module):
 
         x = self._stem(images, train=train)
         maps = []
-        for stage, blocks in enumerate(self.stages(), start=1):
+        stages = self.stages()
+        drop_paths = iter(np.linspace(0, self.drop_path, sum(map(len, stages))).tolist())
+        for stage, blocks in enumerate(stages, start=1):
             for number, shape in enumerate(blocks, start=1):
                 block = BottleneckBlock(
                     shape=shape,
@@ -322,6 +334,7 @@ class HaloNet(nn.Module):
                     implementation=self.implementation,
                     bn_group=self.bn_group,
                     remat=self.remat,
+                    drop_path=next(drop_paths),
                     name=f"stage{stage}_block{number}",
                     **dtypes,
                 )
@@ -335,6 +348,8 @@ class HaloNet(nn.Module):
             # Norm and activation here are ours, as timm and keras_cv_attention_models have them.
             x = act(BatchNorm(self.bn_group, name="final_bn", **dtypes)(x, train=train))
         x = x.mean(axis=(1, 2), dtype=jnp.promote_types(jnp.float32, x.dtype))
+        if self.dropout:
+            x = nn.Dropout(self.dropout, name="dropout_head")(x, deterministic=not train)
         # The classifier is float32 under bfloat16: it costs nothing and the loss needs it.
         return nn.Dense(
             self.num_classes,
