@@ -158,28 +158,24 @@ def test_moves_go_where_the_docstring_says():
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.1, 0.3333, 0.5, 0.999, 1.0, 1.0001, 1.37, 1.9, 2.5])
-@pytest.mark.parametrize("name", ["Color", "Brightness", "Contrast", "Sharpness"])
-def test_enhancing_is_exact_at_any_factor(picture, name, factor):
-    expected = getattr(ImageEnhance, name)(picture).enhance(factor)
-    assert_equal(Operation(name, factor)(picture), expected)
+def test_sharpening_is_pillows_at_any_factor(picture, factor):
+    expected = ImageEnhance.Sharpness(picture).enhance(factor)
+    assert_equal(Operation("Sharpness", factor)(picture), expected)
 
 
 DEGENERATE = {
     "one pixel": np.full((1, 1, 3), 77),
-    "flat": np.full((8, 9, 3), 200),
-    "two values": np.arange(72).reshape(8, 9, 1).repeat(3, axis=2) % 2 * 255,
-    "few pixels": np.arange(18).reshape(2, 3, 3) * 13,
-    "one channel flat": np.stack([np.full((16, 32), 9), *np.indices((16, 32)) * 7], axis=2),
-    "many of one value": np.maximum(np.arange(600).reshape(20, 30, 1).repeat(3, axis=2) - 400, 3),
+    "one row": np.arange(27).reshape(1, 9, 3) * 9,
+    "two columns": np.arange(54).reshape(9, 2, 3) * 4,
+    "3x3": np.arange(27).reshape(3, 3, 3) * 9,
+    "black and white": np.arange(72).reshape(8, 9, 1).repeat(3, axis=2) % 2 * 255,
 }
 
 
-@pytest.mark.parametrize("name", ["Contrast", "Sharpness"])
 @pytest.mark.parametrize("what", DEGENERATE)
-def test_enhancing_odd_pictures(name, what):
+def test_sharpening_odd_pictures(what):
     picture = Image.fromarray(DEGENERATE[what].astype(np.uint8))
-    expected = getattr(ImageEnhance, name)(picture).enhance(1.7)
-    assert_equal(Operation(name, 1.7)(picture), expected)
+    assert_equal(Operation("Sharpness", 1.7)(picture), ImageEnhance.Sharpness(picture).enhance(1.7))
 
 
 def test_smoothing_is_pillows():
