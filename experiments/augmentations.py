@@ -125,10 +125,13 @@ def draw(path: str | os.PathLike) -> None:
             at = x + left + column * (SIDE + gap)
             sheet.paste(Image.fromarray(np.ascontiguousarray(pixels)), (at, y))
             write.text((at, y + SIDE + 1), caption, "black", small)
-    # With a palette the file is less than half as large; white is in it, or paper would be gray.
-    palette = sheet.quantize(255)
-    palette.putpalette([*palette.getpalette()[: 3 * 255], 255, 255, 255])
-    sheet.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG).save(path, optimize=True)
+    # With a palette the file is less than half as large.
+    small_sheet = sheet.quantize(palette=sheet.quantize(256), dither=Image.Dither.FLOYDSTEINBERG)
+    colors = np.array(small_sheet.getpalette()).reshape(-1, 3)
+    # Pillow's nearest colour is not always the nearest, and paper is to be white.
+    colors[colors.min(axis=1) > 250] = 255
+    small_sheet.putpalette(colors.ravel().tolist())
+    small_sheet.save(path, optimize=True)
 
 
 def main() -> None:
