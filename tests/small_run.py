@@ -11,6 +11,9 @@ def small_config(**overrides):
         "train.steps": 30,
         "data.batch_size": 16,
         "model.bn_group": 2,
+        # What a step draws must be drawn again after an interruption, on any devices.
+        "model.drop_path": 0.1,
+        "augment.mixup": 0.2,
         "eval.batch_size": 200,
         "eval.every_steps": 15,
         "checkpoint.every_steps": 13,
