@@ -2,11 +2,11 @@
 
 JPEGs go through simplejpeg (libjpeg-turbo; MIT, 1 MB, wheels for Linux and macOS), all else through
 Pillow. simplejpeg was chosen because it can report damage within a JPEG, which Pillow cannot, and
-gives the pixels of Pillow to the last bit; it also decodes 500x375 pixels 1.6 times as fast as Pillow.
-On the whole random resized crop that is only 1.1, since Pillow's resizing takes as long as the
+gives the pixels of Pillow to the last bit; it also decodes 500x375 pixels 1.6 times as fast. On the
+whole random resized crop that is only 1.1 times, since Pillow's resizing takes as long as the
 decoding. OpenCV (150 MB) and imagecodecs (80 MB) are no faster, pyvips (LGPL) is slower:
-docs/bench_decode.txt, by `python -m experiments.bench_decode`. None of these can decode a crop
-alone; all but imagecodecs can reduce while decoding.
+docs/bench_decode.txt, by `python -m experiments.bench_decode`. None of them can decode a crop
+alone; all but imagecodecs can reduce while decoding, and all let other threads run.
 
 One treatment, whatever the file is called:
 
@@ -21,10 +21,10 @@ One treatment, whatever the file is called:
 
 Damage raises DecodeError. Of a JPEG cut short Pillow raises, OpenCV returns None, and pyvips and
 imagecodecs return it half grey. One with garbage in the middle comes out of all of them, and of
-TensorFlow, scrambled or half grey without a word; here libjpeg's warnings are errors, but for two that tell of an odd encoder. They notice every JPEG
-whose data end early, 96 in 100 with up to 300 bytes of noise, 3 in 4 with as many left out or
-zeroed, 1 in 4 with one bit flipped: Huffman codes fall into step again, and carry no checksum. Nor
-does lossy WebP. A PNG has one, and it is checked.
+TensorFlow, scrambled or half grey without a word; here libjpeg's warnings are errors, but for two
+that tell of an odd encoder. They notice every JPEG whose data end early, 96 in 100 with up to 300
+bytes of noise, 3 in 4 with as many left out or zeroed, 1 in 4 with one bit flipped: Huffman codes
+fall into step again, and carry no checksum. Nor does lossy WebP. A PNG has one, and it is checked.
 """
 
 import contextlib
