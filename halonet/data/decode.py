@@ -147,7 +147,7 @@ def _decode_jpeg(encoded: bytes, scale: int) -> UInt8[np.ndarray, "h w 3"]:
         if _harmless(str(error)):
             # The codec stops at the first complaint. Pillow passes over this one, and still sees
             # whether the file was cut short.
-            return _decode_other(encoded, reduced=(least["min_width"], least["min_height"]))
+            return _decode_other(encoded, reduced=(width // scale, height // scale))
         raise DecodeError(f"damaged or incomplete JPEG of {len(encoded)} bytes: {error}") from error
     return _from_inks(image, inverted=_has_adobe_marker(encoded)) if inks else image
 
@@ -181,9 +181,11 @@ def _decode_other(
     encoded: bytes, *, reduced: tuple[int, int] | None = None
 ) -> UInt8[np.ndarray, "h w 3"]:
     with _pillow_image(encoded) as image:
-        if reduced:
-            image.draft("RGB", reduced)
+        if reduced:  # Pillow's scale is the largest that leaves this (width, height)
+            image.draft(None, reduced)
         image.load()
+        if image.mode == "CMYK":  # of a JPEG, which Pillow has inverted whatever the marker
+            return _from_inks(255 - np.asarray(image), inverted=_has_adobe_marker(encoded))
         if image.mode.startswith("I"):  # 16 bits of grey, at which convert would clip
             gray = (np.asarray(image) >> 8).astype(np.uint8)
             return np.repeat(gray[..., None], 3, axis=2)
