@@ -35,7 +35,7 @@ TABLE = {
         "absl etils.epath jax numpy",
         "safetensors",
     ),
-    "halonet.data": ("data", "PIL grain numpy", ""),
+    "halonet.data": ("data", "PIL grain numpy simplejpeg", ""),
     "halonet.data.__main__": ("data", "absl ml_collections", ""),
     "halonet.data.device": ("data", "jax numpy", ""),
     "halonet.data.prepare": ("data", "PIL numpy", "tensorflow tensorflow_datasets"),
@@ -80,6 +80,12 @@ TABLE = {
         "halonet configs experiments",
         "absl jax matplotlib ml_collections numpy optax pandas PIL sklearn submitit",
         "",
+    ),
+    # Compares codecs, of which we take one.
+    "experiments.bench_decode": (
+        "halonet",
+        "PIL numpy sklearn",
+        "cv2 imagecodecs pyvips simplejpeg",
     ),
     # The benchmark against the peers; they are of an environment of their own.
     "experiments.bench_peers": ("experiments halonet", "jax matplotlib", "torch"),
