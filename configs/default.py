@@ -32,17 +32,25 @@ def get_config() -> ConfigDict:
     config.model.pad_to_blocks = False  # images of any size: each map padded to whole blocks
 
     config.data = ConfigDict()
-    config.data.name = "mnist5k"  # mnist5k, fake:EXAMPLES:CLASSES, or a TensorFlow Datasets name
-    config.data.data_dir = ""  # folder of prepared data sets; may be gs://
+    config.data.name = "mnist5k"  # or folder, fake:EXAMPLES:CLASSES, a TensorFlow Datasets name
+    config.data.data_dir = ""  # the folder of images, or of prepared data sets: this may be gs://
     config.data.train_split = "train"  # name, or a slice such as train[:10000]
     config.data.eval_split = "test"  # likewise
     config.data.image_size = 256  # pixels, height and width
+    config.data.crop_pct = 1.0  # share of the shorter side that evaluation sees
+    config.data.interpolation = "bilinear"  # or bicubic
     config.data.batch_size = 128  # examples per step, over all devices and processes
     config.data.mean = (0.485, 0.456, 0.406)  # per channel, white is 1: ImageNet's
     config.data.std = (0.229, 0.224, 0.225)  # per channel
     config.data.threads = 1  # host threads that read and augment, per process
 
     config.augment = ConfigDict()
+    config.augment.crop_min_area = 0.0  # of the random resized crop, a share; 0: the middle
+    config.augment.flip = False  # left and right, every second time
+    config.augment.rand_augment = ""  # in timm's notation: rand-m9-n2-mstd0.5-inc1
+    config.augment.color_jitter = 0.0  # of brightness, contrast, saturation; not with rand_augment
+    config.augment.erase = 0.0  # probability of random erasing
+    config.augment.erase_fill = "pixel"  # noise of each pixel, or mean
     config.augment.rotate = 0.0  # degrees either way
     config.augment.scale = 0.0  # largest relative change of size
     config.augment.translate = 0.0  # largest shift, as a fraction of the image size

@@ -6,6 +6,7 @@ Everything that can be known to be wrong is refused here, in one line, before an
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import math
 import sys
@@ -18,6 +19,9 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from halonet import optim
+from halonet.data import augment
+from halonet.data.randaugment import INTERPOLATIONS, RandAugment
+from halonet.data.views import CenterView, RandomView
 from halonet.metrics import write_whole
 from halonet.models import HaloNet, create_model
 
@@ -41,6 +45,12 @@ AS_NAMED = {
 # What keys that came later mean where a saved configuration lacks them.
 ADDED = {
     **{f"model.{key}": value for key, value in AS_NAMED.items()},
+    "data.crop_pct": 1.0,
+    "data.interpolation": "bilinear",
+    **dict.fromkeys(("augment.crop_min_area", "augment.color_jitter", "augment.erase"), 0.0),
+    "augment.flip": False,
+    "augment.rand_augment": "",
+    "augment.erase_fill": "pixel",
     **dict.fromkeys(("augment.mixup", "augment.cutmix"), 0.0),
     "augment.cutmix_probability": 0.5,
     "augment.repeats": 1,
@@ -165,6 +175,7 @@ def check_values(config: ConfigDict) -> None:
         *("data.threads", "augment.rotate", "train.steps", "train.epochs"),
         *("optim.weight_decay", "optim.clip_norm", "optim.base_batch", "optim.floor"),
         *("checkpoint.keep_best", "mesh.data", "augment.mixup", "augment.cutmix"),
+        *("augment.color_jitter", "augment.crop_min_area", "augment.erase"),
     )
     for key in not_negative:
         if flat[key] < 0:
@@ -174,9 +185,15 @@ def check_values(config: ConfigDict) -> None:
     for key in fractions:
         if not 0 <= flat[key] < 1:
             raise ConfigError(f"config.{key}={flat[key]} must be at least 0 and below 1")
-    if not 0 <= flat["augment.cutmix_probability"] <= 1:
-        value = flat["augment.cutmix_probability"]
-        raise ConfigError(f"config.augment.cutmix_probability={value} must be from 0 to 1")
+    for key in ("augment.cutmix_probability", "augment.crop_min_area", "augment.erase"):
+        if not 0 <= flat[key] <= 1:
+            raise ConfigError(f"config.{key}={flat[key]} must be from 0 to 1")
+    if not 0 < flat["data.crop_pct"] <= 1:
+        raise ConfigError(f"config.data.crop_pct={flat['data.crop_pct']} must be above 0, up to 1")
+    try:
+        random_view(config)
+    except ValueError as error:
+        raise ConfigError(f"config.augment: {error}") from error
     for key in ("data.mean", "data.std"):
         numbers = [x for x in flat[key] if isinstance(x, int | float) and math.isfinite(x)]
         if len(flat[key]) != 3 or len(numbers) != 3:
@@ -187,6 +204,8 @@ def check_values(config: ConfigDict) -> None:
         "optim.name": optim.OPTIMIZERS,
         "model.dtype": ("float32", "bfloat16"),
         "train.loss": ("cross_entropy", "binary"),
+        "data.interpolation": tuple(INTERPOLATIONS),
+        "augment.erase_fill": augment.FILLS,
     }
     for key, known in choices.items():
         if flat[key] not in known:
@@ -220,6 +239,39 @@ def validate(config: ConfigDict, *, num_classes: int) -> HaloNet:
         )
     check_devices("eval.batch_size", config.eval.batch_size)
     return model
+
+
+def center_view(config: ConfigDict) -> CenterView:
+    """What evaluation sees of an image."""
+    return CenterView(config.data.image_size, config.data.crop_pct, config.data.interpolation)
+
+
+def random_view(config: ConfigDict) -> RandomView:
+    """What training sees of an image.
+
+    Raises:
+      ValueError: for a `rand_augment` that is none.
+    """
+    erasing = functools.partial(
+        augment.random_erasing,
+        probability=config.augment.erase,
+        mean=tuple(config.data.mean),
+        std=tuple(config.data.std),
+        fill=config.augment.erase_fill,
+    )
+    return RandomView(
+        center_view(config),
+        min_area=config.augment.crop_min_area,
+        rotate=config.augment.rotate,
+        scale=config.augment.scale,
+        translate=config.augment.translate,
+        flip=0.5 if config.augment.flip else 0.0,
+        rand_augment=RandAugment.parse(config.augment.rand_augment)
+        if config.augment.rand_augment
+        else None,
+        color_jitter=config.augment.color_jitter,
+        erasing=erasing if config.augment.erase else None,
+    )
 
 
 def build_model(config: ConfigDict, *, num_classes: int, **overrides: Any) -> HaloNet:

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from halonet import plots, sharding, steps
 from halonet.config import (
     ConfigError,
+    center_view,
     check_devices,
     check_image_size,
     check_values,
@@ -85,6 +86,7 @@ def eval_batches(
     batches = pipeline.eval_batches(
         source,
         batch_size=config.eval.batch_size,
+        view=center_view(config),
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         threads=config.data.threads,
@@ -138,7 +140,8 @@ def draw_predictions(
     if jax.process_index() == 0:
         logits = np.concatenate(logits)[: min(limit, len(source))]
         examples = [source[index] for index in range(len(logits))]
-        images = np.stack([example["image"] for example in examples])
+        view = center_view(config)
+        images = np.stack([view(example["image"]) for example in examples])
         labels = np.array([example["label"] for example in examples])
         plots.prediction_sheet(images, labels, logits, source.classes, path)
 

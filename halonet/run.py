@@ -14,7 +14,7 @@ from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from halonet import checkpoint, metrics
-from halonet.config import build_model, load_config
+from halonet.config import build_model, center_view, load_config
 from halonet.data import transforms
 from halonet.models import HaloNet, resize_tables
 
@@ -48,7 +48,7 @@ class Run:
         Args:
           images: uint8 arrays (H, W, 3) or (H, W), or PIL images, of any sizes.
         """
-        size = self.config.data.image_size
+        view = center_view(self.config)
         squares = []
         for image in images:
             image = np.asarray(image)
@@ -59,7 +59,7 @@ class Run:
                 )
             if image.ndim == 2:
                 image = np.repeat(image[..., None], 3, axis=-1)
-            squares.append(transforms.center_crop(transforms.resize_shorter(image, size), size))
+            squares.append(view(image))
         mean, std = tuple(self.config.data.mean), tuple(self.config.data.std)
         return transforms.normalize(np.stack(squares), mean, std)
 

@@ -30,7 +30,7 @@ from halonet.checkpoint import (
     saved_steps,
     step_folder,
 )
-from halonet.data import device, pipeline, transforms
+from halonet.data import device, pipeline
 from halonet.data.errors import DataError
 from halonet.models import HaloNet, cost
 
@@ -130,12 +130,7 @@ def train_and_evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str,
             start_step=start,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
-            augment=functools.partial(
-                transforms.random_affine,
-                rotate=config.augment.rotate,
-                scale=config.augment.scale,
-                translate=config.augment.translate,
-            ),
+            augment=config_lib.random_view(config),
             repeats=config.augment.repeats,
             threads=config.data.threads,
         ),

@@ -6,19 +6,23 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
-from configs import mnist
+from configs import default, mnist
 from halonet.config import (
     AS_NAMED,
     ConfigError,
     build_model,
+    center_view,
     check_devices,
     check_workdir,
     flatten,
     load_config,
+    random_view,
     save_config,
     total_steps,
     validate,
 )
+from halonet.data.randaugment import RandAugment
+from halonet.data.views import CenterView, RandomView
 from halonet.models import create_model
 
 
@@ -75,6 +79,7 @@ NOT_NEGATIVE = (
     *("seed", "data.threads", "augment.rotate", "train.steps", "train.epochs"),
     *("optim.weight_decay", "optim.clip_norm", "optim.base_batch", "optim.floor"),
     *("checkpoint.keep_best", "mesh.data", "augment.mixup", "augment.cutmix"),
+    *("augment.color_jitter", "augment.crop_min_area", "augment.erase"),
 )
 FRACTIONS = (
     *("augment.scale", "augment.translate", "train.label_smoothing", "train.ema_decay"),
@@ -92,6 +97,10 @@ BAD = [
     ("data.std", (0.5, 0.5, 0.5, 0.5), "must have three numbers, one a channel"),
     ("data.std", (0.3, 0.0, 0.3), "must be above 0"),
     ("augment.cutmix_probability", 1.5, "must be from 0 to 1"),
+    ("augment.crop_min_area", 1.5, "must be from 0 to 1"),
+    ("augment.erase", 1.5, "must be from 0 to 1"),
+    ("data.crop_pct", 0.0, "must be above 0, up to 1"),
+    ("data.crop_pct", 1.1, "must be above 0, up to 1"),
     ("optim.learning_rate", float("nan"), "must"),
     ("optim.learning_rate", float("inf"), "must"),
     ("optim.weight_decay", float("nan"), "must"),
@@ -166,6 +175,19 @@ def test_zero_is_allowed(config, key):
         (
             {"train.loss": "hinge"},
             "config.train.loss='hinge' is not one of cross_entropy, binary",
+        ),
+        (
+            {"data.interpolation": "nearest"},
+            "config.data.interpolation='nearest' is not one of bilinear, bicubic",
+        ),
+        (
+            {"augment.erase_fill": "zero"},
+            "config.augment.erase_fill='zero' is not one of pixel, mean",
+        ),
+        (
+            {"augment.rand_augment": "auto-m9"},
+            "config.augment: RandAugment 'auto-m9' starts with 'auto'; "
+            "it must start with rand or randaug",
         ),
         (
             {"train.accumulate": 3},
@@ -299,3 +321,37 @@ def test_torn_config_names_its_file(tmp_path):
     (tmp_path / "config.json").write_text('{"seed": 0, "mod')
     with pytest.raises(ConfigError, match=re.escape(f"{tmp_path}/config.json")):
         load_config(tmp_path)
+
+
+def test_views_are_what_the_keys_say(config):
+    config.update_from_flattened_dict(
+        {
+            "data.crop_pct": 0.95,
+            "data.interpolation": "bicubic",
+            "augment.crop_min_area": 0.08,
+            "augment.flip": True,
+            "augment.rand_augment": "rand-m9-n2-mstd0.5-inc1",
+            "augment.color_jitter": 0.4,
+            "augment.erase": 0.25,
+            "augment.erase_fill": "mean",
+            "augment.rotate": 5.0,
+            "augment.scale": 0.1,
+            "augment.translate": 0.2,
+        }
+    )
+    view = random_view(config)
+    assert view.center == center_view(config) == CenterView(32, 0.95, "bicubic")
+    assert (view.min_area, view.flip, view.color_jitter) == (0.08, 0.5, 0.4)
+    assert view.rand_augment == RandAugment.parse("rand-m9-n2-mstd0.5-inc1")
+    assert (view.rotate, view.scale, view.translate) == (5.0, 0.1, 0.2)
+    erasing = view.erasing.keywords
+    assert erasing == {
+        "probability": 0.25,
+        "mean": config.data.mean,
+        "std": config.data.std,
+        "fill": "mean",
+    }
+
+
+def test_nothing_is_changed_unless_a_key_says_so():
+    assert random_view(default.get_config()) == RandomView(CenterView(256))

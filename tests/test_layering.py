@@ -47,7 +47,8 @@ TABLE = {
     "halonet.runtime": ("", "jax", ""),
     "halonet.plots": ("", "matplotlib numpy", "PIL sklearn"),
     "halonet.steps": ("", "jax numpy optax", ""),
-    "halonet.config": ("metrics models optim", "absl jax ml_collections", ""),
+    # It builds the model and the views of images that a configuration names.
+    "halonet.config": ("data metrics models optim", "absl jax ml_collections", ""),
     # "best" is read from the run's own record, hence metrics.
     "halonet.run": (
         "models data steps checkpoint sharding plots config metrics",

@@ -32,6 +32,9 @@ class Numbered:
             raise IndexError(index)
         return {"image": np.full((4, 5, 3), index % 256, np.uint8), "label": index}
 
+    def where(self, index):
+        return f"number {index}"
+
 
 def noisy(image, rng):
     """An augmentation that makes every use of an image another one."""

@@ -299,3 +299,53 @@ def test_a_late_compilation_would_be_noticed():
         jax.jit(lambda x: x * 2)(np.ones(3))
     assert late_compilations(events) == ["jit(<lambda>)"]
     assert late_compilations(events[:-1]) == []
+
+
+@pytest.mark.middle
+def test_a_folder_of_photographs_with_everything_on(tmp_path):
+    """JPEGs of two classes; every augmentation and training option that a recipe can name."""
+    from PIL import Image
+    from sklearn.datasets import load_sample_images
+
+    for name, photograph in zip(("china", "flower"), load_sample_images().images, strict=True):
+        folder = tmp_path / "photographs" / name
+        folder.mkdir(parents=True)
+        tiles = (
+            photograph[:420, :630].reshape(6, 70, 7, 90, 3).swapaxes(1, 2).reshape(-1, 70, 90, 3)
+        )
+        for number, tile in enumerate(tiles):
+            Image.fromarray(tile).save(folder / f"{number}.jpg", quality=90)
+    config = small_config(
+        **{
+            "data.name": "folder",
+            "data.data_dir": str(tmp_path / "photographs"),
+            "data.eval_split": "val",
+            "data.crop_pct": 0.9,
+            "data.interpolation": "bicubic",
+            "data.threads": 2,
+            "model.dropout": 0.1,
+            "augment.crop_min_area": 0.3,
+            "augment.flip": True,
+            "augment.rand_augment": "rand-m9-n2-mstd0.5-inc1",
+            "augment.erase": 0.25,
+            "augment.cutmix": 1.0,
+            "augment.repeats": 2,
+            "train.loss": "binary",
+            "train.target_threshold": 0.2,
+            "train.accumulate": 2,
+            "train.steps": 8,
+            "optim.name": "lamb",
+            "optim.base_batch": 64,
+            "optim.floor": 1e-5,
+            "data.batch_size": 32,
+        }
+    )
+    summary = train.train_and_evaluate(config, tmp_path / "run")
+    held_out = len(train.evaluate_lib.open_split(config, "val"))
+    assert 0 < held_out < 20
+    assert summary["eval/count"] == held_out
+    rows = metrics.read_metrics(tmp_path / "run")
+    rates = [row["train/learning_rate"] for row in rows if "train/learning_rate" in row]
+    # Half of the configured rate, for half of the batch that it is meant for.
+    assert 0.5 * config.optim.learning_rate * 0.5 < max(rates) <= 0.5 * config.optim.learning_rate
+    assert all(np.isfinite(row["train/loss"]) for row in rows if "train/loss" in row)

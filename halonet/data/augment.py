@@ -19,6 +19,7 @@ from halonet.data.randaugment import INTERPOLATIONS, Operation, RandAugment, app
 Real = float | int
 Range = tuple[Real, Real]
 Box = tuple[int, int, int, int]
+Erasing = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
 FILLS = ("pixel", "mean")
 
@@ -190,7 +191,7 @@ def augment(
     flip: Real = 0.5,
     rand_augment: RandAugment | None = None,
     color_jitter: tuple[Real, Real, Real] | None = None,
-    erasing: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None = None,
+    erasing: Erasing | None = None,
 ) -> UInt8[np.ndarray, "h w 3"]:
     """What training does to a cropped image, in the order of timm: flip, RandAugment or else
     colour jitter, erasing.

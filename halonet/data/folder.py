@@ -155,6 +155,9 @@ class FolderImages:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
+    def where(self, index: int) -> str:
+        return self.path(index)
+
     def path(self, index: int) -> str:
         """The file of example `index`, counted from the end if negative; IndexError beyond."""
         index = range(len(self))[index]

@@ -13,10 +13,15 @@ import typing
 import grain
 import numpy as np
 
+from halonet.data.decode import DecodeError
+from halonet.data.errors import DataError
 from halonet.data.sources import Source
 
-Augment = collections.abc.Callable[[np.ndarray, np.random.Generator], np.ndarray]
-"""(image, random numbers) -> image; it must not write into its argument."""
+Augment = collections.abc.Callable[[bytes | np.ndarray, np.random.Generator], np.ndarray]
+"""(image as the source has it, random numbers) -> pixels; it must not write into its argument."""
+
+View = collections.abc.Callable[[bytes | np.ndarray], np.ndarray]
+"""(image as the source has it) -> pixels."""
 
 Batch = dict[str, np.ndarray]
 
@@ -64,14 +69,18 @@ def train_batches(
         raise ValueError(f"start_step={start_step} must be 0 or more")
     if len(source) == 0:
         raise ValueError(f"source {source.name!r} has 0 examples in its split {source.split!r}")
-    stream = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+    stream = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
     if repeats < 1 or batch_size % repeats:
         raise ValueError(f"repeats={repeats} does not divide batch_size={batch_size}")
     if repeats > 1:
         stream = _Repeated(stream, batch_size, repeats)
     if augment is not None:
         # Before the slice, so that the random numbers hang on the place in the global stream.
-        stream = stream.random_map(lambda example, rng: _augmented(example, rng, augment))
+        stream = stream.random_map(
+            lambda index, rng: _example(source, index, lambda image: augment(image, rng))
+        )
+    else:
+        stream = stream.map(lambda index: _example(source, index))
     mine = _ProcessSlice(stream, batch_size, start=process_index * local, length=local)
     # Batched here and not after to_iter_dataset: each batch is made whole by one thread, and which
     # examples it holds is arithmetic on its index.
@@ -83,6 +92,7 @@ def eval_batches(
     source: Source,
     *,
     batch_size: int,
+    view: View | None = None,
     process_index: int = 0,
     process_count: int = 1,
     threads: int = 1,
@@ -92,7 +102,7 @@ def eval_batches(
 
     Every process gets the same number of batches of the same shape, so that none of them waits for
     the others in a collective; a process whose share of the last batch is all filling still takes
-    part. Arguments as in `train_batches`.
+    part. `view` is applied to each image; other arguments as in `train_batches`.
 
     Yields {"image": uint8 (B/P, H, W, 3), "label": int32 (B/P,), "mask": bool (B/P,)}; the mask is
     False where there is no example, and image and label are 0 there.
@@ -102,10 +112,11 @@ def eval_batches(
 
     def make(batch: int) -> Batch:
         first = batch * batch_size + process_index * local
-        real = [source[index] for index in range(first, min(first + local, examples))]
+        indices = range(first, min(first + local, examples))
+        real = [_example(source, index, view) for index in indices]
         filling = local - len(real)
         if filling:
-            shape = (real[0] if real else source[0])["image"].shape
+            shape = (real[0] if real else _example(source, 0, view))["image"].shape
             real += [{"image": np.zeros(shape, np.uint8), "label": 0}] * filling
         return {**_stack(real), "mask": np.arange(local) < local - filling}
 
@@ -147,8 +158,15 @@ class _ProcessSlice(grain.MapDataset):
         return self._parent[batch * self._batch_size + self._start + offset]
 
 
-def _augmented(example: dict, rng: np.random.Generator, augment: Augment) -> dict:
-    return {**example, "image": augment(example["image"], rng)}
+def _example(source: Source, index: int, view: View | None = None) -> dict:
+    """Reads an example and makes pixels of it; a damaged image is named."""
+    example = source[index]
+    if view is None:
+        return example
+    try:
+        return {**example, "image": view(example["image"])}
+    except DecodeError as error:
+        raise DataError(f"{source.where(index)} is not a readable image: {error}") from error
 
 
 def _stack(examples: collections.abc.Sequence[dict]) -> Batch:

