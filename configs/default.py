@@ -48,9 +48,13 @@ def get_config() -> ConfigDict:
     config.augment.crop_min_area = 0.0  # of the random resized crop, a share; 0: the middle
     config.augment.flip = False  # left and right, every second time
     config.augment.rand_augment = ""  # in timm's notation: rand-m9-n2-mstd0.5-inc1
+    config.augment.rand_augment_interpolation = "random"  # of its moves: or bilinear, bicubic
     config.augment.color_jitter = 0.0  # of brightness, contrast, saturation; not with rand_augment
     config.augment.erase = 0.0  # probability of random erasing
     config.augment.erase_fill = "pixel"  # noise of each pixel, or mean
+    config.augment.erase_area = (0.02, 1 / 3)  # least and most, as a share of the image's
+    config.augment.erase_aspect = (0.3, 10 / 3)  # least and most height by width
+    config.augment.erase_attempts = 10  # at a rectangle that fits into the image
     config.augment.rotate = 0.0  # degrees either way
     config.augment.scale = 0.0  # largest relative change of size
     config.augment.translate = 0.0  # largest shift, as a fraction of the image size

@@ -50,7 +50,11 @@ ADDED = {
     **dict.fromkeys(("augment.crop_min_area", "augment.color_jitter", "augment.erase"), 0.0),
     "augment.flip": False,
     "augment.rand_augment": "",
+    "augment.rand_augment_interpolation": "random",
     "augment.erase_fill": "pixel",
+    "augment.erase_area": (0.02, 1 / 3),
+    "augment.erase_aspect": (0.3, 10 / 3),
+    "augment.erase_attempts": 10,
     **dict.fromkeys(("augment.mixup", "augment.cutmix"), 0.0),
     "augment.cutmix_probability": 0.5,
     "augment.repeats": 1,
@@ -162,6 +166,7 @@ def check_values(config: ConfigDict) -> None:
         *("model.bn_group", "data.image_size", "data.batch_size", "optim.learning_rate"),
         *("eval.every_steps", "eval.batch_size", "checkpoint.every_steps"),
         *("checkpoint.keep_latest", "log.every_steps", "augment.repeats", "train.accumulate"),
+        "augment.erase_attempts",
     )
     for key, value in flat.items():
         if isinstance(value, float) and not math.isfinite(value):
@@ -190,6 +195,12 @@ def check_values(config: ConfigDict) -> None:
             raise ConfigError(f"config.{key}={flat[key]} must be from 0 to 1")
     if not 0 < flat["data.crop_pct"] <= 1:
         raise ConfigError(f"config.data.crop_pct={flat['data.crop_pct']} must be above 0, up to 1")
+    for key, most in (("augment.erase_area", 1.0), ("augment.erase_aspect", math.inf)):
+        if len(flat[key]) != 2 or not 0 < flat[key][0] <= flat[key][1] <= most:
+            raise ConfigError(
+                f"config.{key}={flat[key]} must be two numbers above 0, the smaller first"
+                + (f", none above {most:g}" if most < math.inf else "")
+            )
     try:
         random_view(config)
     except ValueError as error:
@@ -206,6 +217,7 @@ def check_values(config: ConfigDict) -> None:
         "train.loss": ("cross_entropy", "binary"),
         "data.interpolation": tuple(INTERPOLATIONS),
         "augment.erase_fill": augment.FILLS,
+        "augment.rand_augment_interpolation": (*INTERPOLATIONS, "random"),
     }
     for key, known in choices.items():
         if flat[key] not in known:
@@ -258,7 +270,15 @@ def random_view(config: ConfigDict) -> RandomView:
         mean=tuple(config.data.mean),
         std=tuple(config.data.std),
         fill=config.augment.erase_fill,
+        area=tuple(config.augment.erase_area),
+        aspect=tuple(config.augment.erase_aspect),
+        attempts=config.augment.erase_attempts,
     )
+    rand_augment = None
+    if config.augment.rand_augment:
+        rand_augment = RandAugment.parse(
+            config.augment.rand_augment, interpolation=config.augment.rand_augment_interpolation
+        )
     return RandomView(
         center_view(config),
         min_area=config.augment.crop_min_area,
@@ -266,9 +286,7 @@ def random_view(config: ConfigDict) -> RandomView:
         scale=config.augment.scale,
         translate=config.augment.translate,
         flip=0.5 if config.augment.flip else 0.0,
-        rand_augment=RandAugment.parse(config.augment.rand_augment)
-        if config.augment.rand_augment
-        else None,
+        rand_augment=rand_augment,
         color_jitter=config.augment.color_jitter,
         erasing=erasing if config.augment.erase else None,
     )

@@ -74,6 +74,7 @@ POSITIVE = (
     *("model.bn_group", "data.image_size", "data.batch_size", "optim.learning_rate"),
     *("eval.every_steps", "eval.batch_size", "checkpoint.every_steps"),
     *("checkpoint.keep_latest", "log.every_steps", "augment.repeats", "train.accumulate"),
+    "augment.erase_attempts",
 )
 NOT_NEGATIVE = (
     *("seed", "data.threads", "augment.rotate", "train.steps", "train.epochs"),
@@ -99,6 +100,18 @@ BAD = [
     ("augment.cutmix_probability", 1.5, "must be from 0 to 1"),
     ("augment.crop_min_area", 1.5, "must be from 0 to 1"),
     ("augment.erase", 1.5, "must be from 0 to 1"),
+    (
+        "augment.erase_area",
+        (0.0, 0.5),
+        "must be two numbers above 0, the smaller first, none above 1",
+    ),
+    (
+        "augment.erase_area",
+        (0.5, 1.5),
+        "must be two numbers above 0, the smaller first, none above 1",
+    ),
+    ("augment.erase_aspect", (3.0, 0.3), "must be two numbers above 0, the smaller first$"),
+    ("augment.erase_aspect", (0.3, 1.0, 3.0), "must be two numbers above 0, the smaller first$"),
     ("data.crop_pct", 0.0, "must be above 0, up to 1"),
     ("data.crop_pct", 1.1, "must be above 0, up to 1"),
     ("optim.learning_rate", float("nan"), "must"),
@@ -183,6 +196,11 @@ def test_zero_is_allowed(config, key):
         (
             {"augment.erase_fill": "zero"},
             "config.augment.erase_fill='zero' is not one of pixel, mean",
+        ),
+        (
+            {"augment.rand_augment_interpolation": "nearest"},
+            "config.augment.rand_augment_interpolation='nearest' is not one of bilinear, bicubic, "
+            "random",
         ),
         (
             {"augment.rand_augment": "auto-m9"},
@@ -334,6 +352,10 @@ def test_views_are_what_the_keys_say(config):
             "augment.color_jitter": 0.4,
             "augment.erase": 0.25,
             "augment.erase_fill": "mean",
+            "augment.erase_area": (0.02, 0.33),
+            "augment.erase_aspect": (0.3, 3.3),
+            "augment.erase_attempts": 1,
+            "augment.rand_augment_interpolation": "bilinear",
             "augment.rotate": 5.0,
             "augment.scale": 0.1,
             "augment.translate": 0.2,
@@ -342,7 +364,9 @@ def test_views_are_what_the_keys_say(config):
     view = random_view(config)
     assert view.center == center_view(config) == CenterView(32, 0.95, "bicubic")
     assert (view.min_area, view.flip, view.color_jitter) == (0.08, 0.5, 0.4)
-    assert view.rand_augment == RandAugment.parse("rand-m9-n2-mstd0.5-inc1")
+    assert view.rand_augment == RandAugment.parse(
+        "rand-m9-n2-mstd0.5-inc1", interpolation="bilinear"
+    )
     assert (view.rotate, view.scale, view.translate) == (5.0, 0.1, 0.2)
     erasing = view.erasing.keywords
     assert erasing == {
@@ -350,6 +374,9 @@ def test_views_are_what_the_keys_say(config):
         "mean": config.data.mean,
         "std": config.data.std,
         "fill": "mean",
+        "area": (0.02, 0.33),
+        "aspect": (0.3, 3.3),
+        "attempts": 1,
     }
 
 
