@@ -42,7 +42,8 @@ def get_config() -> ConfigDict:
     config.data.batch_size = 128  # examples per step, over all devices and processes
     config.data.mean = (0.485, 0.456, 0.406)  # per channel, white is 1: ImageNet's
     config.data.std = (0.229, 0.224, 0.225)  # per channel
-    config.data.threads = 1  # host threads that read and augment, per process
+    config.data.threads = 1  # host threads that read and augment, in each process that does
+    config.data.workers = 0  # processes that do, for each trainer; 0: the trainer itself
 
     config.augment = ConfigDict()
     config.augment.crop_min_area = 0.0  # of the random resized crop, a share; 0: the middle

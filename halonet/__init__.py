@@ -1,7 +1,12 @@
 """HaloNet in JAX and Flax: blocked local self-attention with halos, exact and fast."""
 
-from halonet.models import HaloAttention, HaloNet, create_model, list_models
-from halonet.ops import halo_attention
+import importlib
+import typing
+
+if typing.TYPE_CHECKING:
+    from halonet.models import HaloAttention, HaloNet, create_model, list_models
+    from halonet.ops import halo_attention
+    from halonet.run import load_run
 
 __version__ = "0.1.0"
 __all__ = [
@@ -13,10 +18,18 @@ __all__ = [
     "load_run",
 ]
 
+_HOMES = {"halo_attention": "halonet.ops", "load_run": "halonet.run"}
 
-def load_run(workdir, step="best", *, weights="", sharding=None, **overrides):
-    """Restores a run: see `halonet.run.load_run`."""
-    # Here and not above: Orbax takes seconds to import, and few programs restore.
-    from halonet.run import load_run
 
-    return load_run(workdir, step, weights=weights, sharding=sharding, **overrides)
+def __getattr__(name: str) -> typing.Any:
+    """Imports a public name when it is first asked for.
+
+    The processes that make batches use this package without JAX, and few programs need Orbax.
+    """
+    if name not in __all__:
+        raise AttributeError(f"module 'halonet' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES.get(name, "halonet.models")), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

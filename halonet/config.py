@@ -19,7 +19,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from halonet import optim
-from halonet.data import augment
+from halonet.data import augment, workers
 from halonet.data.randaugment import INTERPOLATIONS, RandAugment
 from halonet.data.views import CenterView, RandomView
 from halonet.metrics import write_whole
@@ -28,7 +28,7 @@ from halonet.models import HaloNet, create_model
 # What may change between the starts of one run: none of it changes what is computed.
 MAY_CHANGE = (
     *("log.", "checkpoint.", "mesh.", "model.remat"),
-    *("data.data_dir", "data.threads", "eval.batch_size"),
+    *("data.data_dir", "data.threads", "data.workers", "eval.batch_size"),
 )
 
 # The values of config.model that leave a field as the named model has it.
@@ -47,6 +47,7 @@ ADDED = {
     **{f"model.{key}": value for key, value in AS_NAMED.items()},
     "data.crop_pct": 1.0,
     "data.interpolation": "bilinear",
+    "data.workers": 0,
     **dict.fromkeys(("augment.crop_min_area", "augment.color_jitter", "augment.erase"), 0.0),
     "augment.flip": False,
     "augment.rand_augment": "",
@@ -177,7 +178,7 @@ def check_values(config: ConfigDict) -> None:
         if flat[key] <= 0:
             raise ConfigError(f"config.{key}={flat[key]} must be above 0")
     not_negative = (
-        *("data.threads", "augment.rotate", "train.steps", "train.epochs"),
+        *("data.threads", "data.workers", "augment.rotate", "train.steps", "train.epochs"),
         *("optim.weight_decay", "optim.clip_norm", "optim.base_batch", "optim.floor"),
         *("checkpoint.keep_best", "mesh.data", "augment.mixup", "augment.cutmix"),
         *("augment.color_jitter", "augment.crop_min_area", "augment.erase"),
@@ -185,6 +186,10 @@ def check_values(config: ConfigDict) -> None:
     for key in not_negative:
         if flat[key] < 0:
             raise ConfigError(f"config.{key}={flat[key]} must not be negative")
+    if flat["data.workers"] and not workers.AVAILABLE:
+        raise ConfigError(
+            f"config.data.workers={flat['data.workers']} needs Linux; 0 makes batches in threads"
+        )
     fractions = ("augment.scale", "augment.translate", "train.label_smoothing")
     fractions += ("train.target_threshold", "train.ema_decay", "optim.warmup", "optim.momentum")
     for key in fractions:

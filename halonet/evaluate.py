@@ -90,6 +90,7 @@ def eval_batches(
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         threads=config.data.threads,
+        workers=config.data.workers,
     )
     return device.Prefetcher(batches, sharding.batch_sharding(mesh))
 

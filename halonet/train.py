@@ -133,6 +133,7 @@ def train_and_evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str,
             augment=config_lib.random_view(config),
             repeats=config.augment.repeats,
             threads=config.data.threads,
+            workers=config.data.workers,
         ),
         sharding.batch_sharding(mesh),
     )

@@ -310,7 +310,8 @@ def test_another_config_is_refused(config, tmp_path):
 
 # None of these changes what is computed.
 MAY_CHANGE = {
-    *("data.data_dir", "data.threads", "eval.batch_size", "log.every_steps", "log.profile"),
+    *("data.data_dir", "data.threads", "data.workers", "eval.batch_size"),
+    *("log.every_steps", "log.profile"),
     *("checkpoint.every_steps", "checkpoint.keep_latest", "checkpoint.keep_best"),
     *("mesh.data", "mesh.fsdp", "model.remat"),
 }

@@ -2,11 +2,12 @@
 
 The promise: the global batch at step k is one ordered array that depends on (seed, k) alone. Not on
 the number of processes, of which process p holds the slice [p*B/P, (p+1)*B/P); not on the number of
-threads; not on the step at which a run was resumed. So there is no position to save with a
-checkpoint: the step is the position.
+threads and worker processes; not on the step at which a run was resumed. So there is no position to
+save with a checkpoint: the step is the position.
 """
 
 import collections.abc
+import functools
 import sys
 import typing
 
@@ -16,14 +17,13 @@ import numpy as np
 from halonet.data.decode import DecodeError
 from halonet.data.errors import DataError
 from halonet.data.sources import Source
+from halonet.data.workers import Batch, WorkerBatches
 
 Augment = collections.abc.Callable[[bytes | np.ndarray, np.random.Generator], np.ndarray]
 """(image as the source has it, random numbers) -> pixels; it must not write into its argument."""
 
 View = collections.abc.Callable[[bytes | np.ndarray], np.ndarray]
 """(image as the source has it) -> pixels."""
-
-Batch = dict[str, np.ndarray]
 
 
 def train_batches(
@@ -37,6 +37,7 @@ def train_batches(
     augment: Augment | None = None,
     repeats: int = 1,
     threads: int = 1,
+    workers: int = 0,
     prefetch: int = 4,
 ) -> collections.abc.Iterator[Batch]:
     """Endless training batches, each epoch in a new order.
@@ -55,8 +56,11 @@ def train_batches(
       augment: applied to each image, with a Generator that depends on the seed and on the position
         in the stream, so that an example is changed differently in each epoch.
       repeats: repeated augmentation (Hoffer et al., 2019, arXiv 1901.09335); must divide the batch.
-      threads: how many batches are made at once; 0 makes them in the caller's thread. One is best
-        for small images, whose cost is Python's; decoding JPEGs lets go of the interpreter's lock.
+      threads: how many batches a process makes at once; 0 makes them in the caller's thread. One is
+        best for small images, whose cost is Python's; decoding JPEGs lets go of the interpreter's
+        lock.
+      workers: processes that make batches instead of this one, see `halonet.data.workers`: source
+        and `augment` must be picklable, and an error that is no DataError becomes one. 0: none.
       prefetch: how many batches are kept ready.
 
     Yields {"image": uint8 (B/P, H, W, 3), "label": int32 (B/P,)}, in arrays that nobody else holds.
@@ -69,23 +73,21 @@ def train_batches(
         raise ValueError(f"start_step={start_step} must be 0 or more")
     if len(source) == 0:
         raise ValueError(f"source {source.name!r} has 0 examples in its split {source.split!r}")
-    stream = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
     if repeats < 1 or batch_size % repeats:
         raise ValueError(f"repeats={repeats} does not divide batch_size={batch_size}")
+    stream = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
     if repeats > 1:
         stream = _Repeated(stream, batch_size, repeats)
     if augment is not None:
         # Before the slice, so that the random numbers hang on the place in the global stream.
-        stream = stream.random_map(
-            lambda index, rng: _example(source, index, lambda image: augment(image, rng))
-        )
+        stream = stream.random_map(functools.partial(_augmented, source, augment))
     else:
-        stream = stream.map(lambda index: _example(source, index))
+        stream = stream.map(functools.partial(_example, source))
     mine = _ProcessSlice(stream, batch_size, start=process_index * local, length=local)
     # Batched here and not after to_iter_dataset: each batch is made whole by one thread, and which
     # examples it holds is arithmetic on its index.
     batches = mine.batch(local, drop_remainder=True, batch_fn=_stack)
-    return _iterate(batches[start_step:], threads, prefetch)
+    return _iterate(batches[start_step:], threads, workers, prefetch)
 
 
 def eval_batches(
@@ -96,6 +98,7 @@ def eval_batches(
     process_index: int = 0,
     process_count: int = 1,
     threads: int = 1,
+    workers: int = 0,
     prefetch: int = 4,
 ) -> collections.abc.Iterator[Batch]:
     """Every example once, in file order; the last batch is filled up with zeros.
@@ -108,20 +111,26 @@ def eval_batches(
     False where there is no example, and image and label are 0 there.
     """
     local = _local_size(batch_size, process_index, process_count)
-    examples = len(source)
+    make = functools.partial(
+        _eval_batch, source, view, batch_size=batch_size, start=process_index * local, local=local
+    )
+    steps = grain.MapDataset.range(-(-len(source) // batch_size))
+    return _iterate(steps.map(make), threads, min(workers, len(steps)), prefetch)
 
-    def make(batch: int) -> Batch:
-        first = batch * batch_size + process_index * local
-        indices = range(first, min(first + local, examples))
-        real = [_example(source, index, view) for index in indices]
-        filling = local - len(real)
-        if filling:
-            shape = (real[0] if real else _example(source, 0, view))["image"].shape
-            real += [{"image": np.zeros(shape, np.uint8), "label": 0}] * filling
-        return {**_stack(real), "mask": np.arange(local) < local - filling}
 
-    steps = grain.MapDataset.range(-(-examples // batch_size))
-    return _iterate(steps.map(make), threads, prefetch)
+def _eval_batch(
+    source: Source, view: View | None, batch: int, *, batch_size: int, start: int, local: int
+) -> Batch:
+    """The share from `start` on of one evaluation batch, `local` examples with their mask."""
+    first = batch * batch_size + start
+    real = [
+        _example(source, index, view) for index in range(first, min(first + local, len(source)))
+    ]
+    filling = local - len(real)
+    if filling:
+        shape = (real[0] if real else _example(source, 0, view))["image"].shape
+        real += [{"image": np.zeros(shape, np.uint8), "label": 0}] * filling
+    return {**_stack(real), "mask": np.arange(local) < local - filling}
 
 
 class _Repeated(grain.MapDataset):
@@ -169,6 +178,10 @@ def _example(source: Source, index: int, view: View | None = None) -> dict:
         raise DataError(f"{source.where(index)} is not a readable image: {error}") from error
 
 
+def _augmented(source: Source, augment: Augment, index: int, rng: np.random.Generator) -> dict:
+    return _example(source, index, lambda image: augment(image, rng))
+
+
 def _stack(examples: collections.abc.Sequence[dict]) -> Batch:
     return {
         "image": np.stack([example["image"] for example in examples]),
@@ -190,6 +203,23 @@ def _local_size(batch_size: int, process_index: int, process_count: int) -> int:
 
 
 def _iterate(
+    batches: grain.MapDataset, threads: int, workers: int, prefetch: int
+) -> collections.abc.Iterator[Batch]:
+    if not workers:
+        return _read(batches, threads, prefetch)
+    # A worker is a core's worth: its batches are made in its main thread, unless more are wanted.
+    threads = threads if threads > 1 else 0
+    make = functools.partial(_share, batches, threads)
+    return WorkerBatches(make, count=workers, ahead=max(2, -(-prefetch // workers)))
+
+
+def _share(
+    batches: grain.MapDataset, threads: int, worker: int, workers: int
+) -> collections.abc.Iterator[Batch]:
+    return _read(batches[worker::workers], threads, threads)
+
+
+def _read(
     batches: grain.MapDataset, threads: int, prefetch: int
 ) -> collections.abc.Generator[Batch, None, None]:
     # Grain wants both or neither, and more threads than batches in flight would only wait.
