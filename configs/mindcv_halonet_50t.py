@@ -41,7 +41,7 @@ def get_config():
     config.data.crop_pct = 0.95  # yaml
     config.data.interpolation = "bilinear"  # yaml
     config.data.batch_size = 512  # yaml: 64 on each of 8 devices
-    config.data.threads = 8  # yaml: num_parallel_workers
+    config.data.workers = 8  # yaml: num_parallel_workers
 
     config.augment.crop_min_area = 0.08  # yaml; its ratio is ours to a thousandth
     config.augment.flip = True  # yaml: 0.5

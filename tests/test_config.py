@@ -77,7 +77,7 @@ POSITIVE = (
     "augment.erase_attempts",
 )
 NOT_NEGATIVE = (
-    *("seed", "data.threads", "augment.rotate", "train.steps", "train.epochs"),
+    *("seed", "data.threads", "data.workers", "augment.rotate", "train.steps", "train.epochs"),
     *("optim.weight_decay", "optim.clip_norm", "optim.base_batch", "optim.floor"),
     *("checkpoint.keep_best", "mesh.data", "augment.mixup", "augment.cutmix"),
     *("augment.color_jitter", "augment.crop_min_area", "augment.erase"),

@@ -322,7 +322,7 @@ def test_a_folder_of_photographs_with_everything_on(tmp_path):
             "data.eval_split": "val",
             "data.crop_pct": 0.9,
             "data.interpolation": "bicubic",
-            "data.threads": 2,
+            "data.workers": 2,
             "model.dropout": 0.1,
             "augment.crop_min_area": 0.3,
             "augment.flip": True,
