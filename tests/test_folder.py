@@ -123,6 +123,42 @@ def test_the_seed_divides_by_the_hash_that_is_promised(classes):
     assert files(val) == [name for name in everything if held_out(name)]
 
 
+def test_a_share_of_train_is_held_out_by_the_same_hash(tmp_path):
+    for name in CLASSES:
+        fill(tmp_path / "train" / name, [f"n{i:05}.jpg" for i in range(200)])
+    fill(tmp_path / "val" / "cat", ["0.jpg"])
+    whole, rest, held_out = (
+        FolderImages(tmp_path, split) for split in ("train", "train[:90%]", "train[90%:]")
+    )
+    assert whole.classes == rest.classes == held_out.classes == CLASSES
+
+    def fraction(path):
+        name = "/".join(path.split("/")[1:])
+        return int(hashlib.sha256(b"0/" + name.encode()).hexdigest()[:16], 16) / 2**64
+
+    assert files(held_out) == [path for path in files(whole) if fraction(path) >= 0.9]
+    assert files(rest) == [path for path in files(whole) if fraction(path) < 0.9]
+    # Binomial with mean 60: four standard deviations of 7.3.
+    assert abs(len(held_out) - 60) < 30
+    assert {held_out[i]["label"] for i in range(len(held_out))} == {0, 1, 2}
+    middle = FolderImages(tmp_path, "train[40%:60%]")
+    assert files(middle) == [path for path in files(whole) if 0.4 <= fraction(path) < 0.6]
+    assert files(FolderImages(tmp_path, "train[:]")) == files(whole)
+    prints = [source.fingerprint for source in (whole, rest, held_out, middle)]
+    assert len({json.dumps(known) for known in prints}) == 4
+    assert prints[1]["split"] == "train[:90%]"
+
+    for split in ("train[:50]", "train[60%:40%]", "train[:101%]", "train[90%:", "train[:1.5%]"):
+        fails(
+            r"written in whole per cent, such as train\[:99%\] and train\[99%:\]", tmp_path, split
+        )
+    fails(r"no split 'dev\[:9%\]'|no split 'dev'", tmp_path, "dev[:9%]")
+    fails("'val.0%:1%.' .* has 0 images", tmp_path, "val[0%:1%]")
+    fill(tmp_path / "train" / "elk", ["0.jpg"])
+    share = "train[:50%]" if fraction("train/elk/0.jpg") >= 0.5 else "train[50%:]"
+    fails("leaves no image for training: elk", tmp_path, share)
+
+
 def test_images_stay_in_their_split_whatever_comes_and_goes(classes):
     before = {split: set(files(FolderImages(classes, split))) for split in ("train", "val")}
     fill(classes / "cat", [f"added{i}.png" for i in range(50)])

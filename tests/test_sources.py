@@ -3,6 +3,7 @@
 import io
 import json
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -213,6 +214,11 @@ def test_tfds_splits_may_be_sliced_and_the_newest_version_is_read(tmp_path):
     assert len(opened) == 4
     assert opened.fingerprint["version"] == "1.10.0"
     assert opened.fingerprint["num_examples"] == 4
+    held_out = sources.open_source("toy", "train[90%:]", data_dir=str(tmp_path), image_size=16)
+    rest = sources.open_source("toy", "train[:90%]", data_dir=str(tmp_path), image_size=16)
+    whole = sources.open_source("toy", "train", data_dir=str(tmp_path), image_size=16)
+    assert (len(rest), len(held_out)) == (9, 1)
+    assert [*(rest[i] for i in range(9)), held_out[0]] == [whole[i] for i in range(10)]
     older = sources.open_source("toy:1.9.0", "train", data_dir=str(tmp_path), image_size=16)
     assert older.fingerprint["version"] == "1.9.0"
     assert json.loads(json.dumps(older.fingerprint)) == older.fingerprint
@@ -240,7 +246,7 @@ def test_tfds_fingerprint_notices_other_data(data_dir, tmp_path):
 def test_tfds_missing_data(data_dir, monkeypatch):
     fails(
         rf"data set 'imagenet2012' not found under {data_dir} \(found: toy\); "
-        r"prepare it there or set data\.data_dir",
+        r"prepare it there \(python -m halonet\.data prepare\) or set data\.data_dir",
         *("imagenet2012", "train"),
         data_dir=str(data_dir),
     )
@@ -305,26 +311,51 @@ def test_tfds_data_of_another_kind(tmp_path):
     )
 
 
-def test_tfds_damaged_records(tmp_path):
+def test_tfds_without_labels_is_refused_before_anything_is_read(tmp_path):
     prepare(tmp_path, "unlabelled", labels=lambda i: -1)
-    opened = sources.open_source("unlabelled", "val", data_dir=str(tmp_path), image_size=16)
-    with pytest.raises(
-        DataError,
-        match="example 1 of split 'val' of data set 'unlabelled' has label -1, and there are 3 "
-        "classes; the split has no labels",
-    ):
-        opened[1]
+    fails(
+        r"example 0 of split 'val' of data set 'unlabelled' \(unlabelled-val\.array_record-00000-"
+        r"of-00001\) has label -1, and there are 3 classes; the split has no labels",
+        *("unlabelled", "val"),
+        data_dir=str(tmp_path),
+    )
 
-    shard = next(prepare(tmp_path, "damaged").glob("*val*"))
+
+def test_tfds_names_the_shard_of_an_example(data_dir):
+    source = sources.open_source("toy", "val+train[2:5]", data_dir=str(data_dir), image_size=16)
+    assert len(source) == 6
+    val, train = (f"(toy-{split}.array_record-00000-of-00001)" for split in ("val", "train"))
+    shards = [source.where(index).rpartition(" ")[2] for index in (0, 2, 3, -1)]
+    assert shards == [val, val, train, train]
+
+
+def test_tfds_damaged_shard_is_noticed_or_harmless(tmp_path):
+    shard = next(prepare(tmp_path, "damaged").glob("*train*"))
     whole = shard.read_bytes()
-    shard.write_bytes(whole[:100] + bytes([whole[100] ^ 255]) + whole[101:])
-    opened = sources.open_source("damaged", "val", data_dir=str(tmp_path), image_size=16)
-    with pytest.raises(DataError, match=r"example 0 of split 'val' .* cannot be read: .*mismatch"):
-        opened[0]
+    name = ("damaged", "train")
+
+    def read():
+        opened = sources.open_source(*name, data_dir=str(tmp_path), image_size=16)
+        return [opened[index] for index in range(10)]
+
+    examples = read()
+    refused = []
+    # Far over half of a shard so small is padding, all of it behind the examples.
+    for at in range(0, 12_000, 173):
+        shard.write_bytes(whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :])
+        try:
+            assert read() == examples
+        except DataError as error:
+            refused.append(str(error))
+    assert len(refused) >= 10
+    for line in refused:
+        assert re.match(
+            r"example \d of split 'train' of data set 'damaged' \(damaged-train\.array_record-00000"
+            r"-of-00001\) cannot be read: .*mismatch|data set 'damaged' in .* cannot be opened: ",
+            line,
+        )
     shard.write_bytes(whole[: len(whole) // 2])
-    opened = sources.open_source("damaged", "val", data_dir=str(tmp_path), image_size=16)
-    with pytest.raises(DataError, match=r"example 2 of split 'val' .* the shard is damaged"):
-        opened[2]
+    fails("example 0 .* the shard is damaged", *name, data_dir=str(tmp_path))
 
 
 def test_reading_imports_nothing_heavy(data_dir):

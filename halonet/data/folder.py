@@ -3,6 +3,9 @@
     pets/train/cat/1.jpg    pets/val/cat/7.jpg      the splits are folders
     pets/cat/1.jpg          pets/dog/2.png          or a seed divides one folder of classes
 
+The split train of the first way can be divided too, to tune on a part of it without a look at val:
+train[:99%] and train[99%:].
+
 ImageNet-21k comes the second way, as 21,841 folders n01440764 and so on. Its 14 million names are
 kept as one string of bytes and an array of where each ends: 25 bytes an image instead of 100.
 """
@@ -44,16 +47,17 @@ class FolderImages:
 
     Args:
       folder: holds train/ and val/ (or validation/) and perhaps test/, or else the class folders.
-      split: "train", "val" ("validation") or "test" for the first kind, "train" or "val" for the
-        second.
-      seed: decides, for the second kind only, which images are held out: those where the SHA-256
-        of seed and path, as a fraction, is below `held_out`. So an image stays in its split
+      split: "train", "val" ("validation") or "test" for the first kind, or a share of one of them
+        such as "train[:99%]", in whole per cent; "train" or "val" for the second.
+      seed: decides which images are held out for the second kind, and which are in a share for the
+        first, by the SHA-256 of seed and path as a fraction: "val" are those where it is below
+        `held_out`, "train[99%:]" those where it is from 0.99 on. So an image stays in its split
         whatever else is added or removed, and the fraction is met on average.
       held_out: fraction of the images that is the split "val", for the second kind only.
 
-    Raises DataError if the folder or the split is missing, a class has no images, class folders
-    contain folders, or val/ has classes that train/ lacks; ValueError if held_out is not between 0
-    and 1.
+    Raises DataError if the folder or the split is missing, a class has no images (or none in the
+    larger part of a divided split), class folders contain folders, or val/ has classes that train/
+    lacks; ValueError if held_out is not between 0 and 1.
     """
 
     def __init__(
@@ -71,10 +75,11 @@ class FolderImages:
         divided = any(alias in inside for alias in ("train", *_SPLITS["val"]))
         self.name = str(folder)
         self.split = split
+        base, low, high = _share(root, split)
         if divided:
-            self._root = root / _split_folder(root, split, inside)
+            self._root = root / _split_folder(root, base, inside)
             self.classes = tuple(_folders(root / "train" if "train" in inside else self._root))
-            choose = None
+            for_training = 0.5 <= high - low < 1
         else:
             if _ALIASES.get(split) not in ("train", "val"):
                 raise DataError(
@@ -83,16 +88,17 @@ class FolderImages:
                 )
             self._root = root
             self.classes = tuple(inside)
-            least = int(held_out * 2**64)
-            wanted = _ALIASES[split] == "val"
+            for_training = _ALIASES[split] == "train"
+            low, high = (held_out, 1) if for_training else (0, held_out)
 
-            def choose(path: bytes) -> bool:
-                digest = hashlib.sha256(b"%d/%b" % (seed, path)).digest()
-                return (int.from_bytes(digest[:8], "big") < least) == wanted
+        def choose(path: bytes) -> bool:
+            digest = hashlib.sha256(b"%d/%b" % (seed, path)).digest()
+            number = int.from_bytes(digest[:8], "big")
+            return int(low * 2**64) <= number < int(high * 2**64)
 
-        self._list(choose)
+        self._list(choose if high - low < 1 else None)
         without = [self.classes[label] for label in np.flatnonzero(np.diff(self._starts) == 0)]
-        if without and not divided and not wanted:
+        if without and for_training:
             raise DataError(
                 f"folder {root} has classes of which seed={seed} leaves no image for training: "
                 f"{_listed(without)}; add images or take another seed"
@@ -145,7 +151,7 @@ class FolderImages:
             )
         self.fingerprint = {
             "name": "folder",
-            "split": _ALIASES[self.split],
+            "split": _ALIASES.get(self.split, self.split),
             "num_examples": len(self),
             "num_classes": len(self.classes),
             "classes_hash": hashlib.sha256(repr(self.classes).encode()).hexdigest()[:16],
@@ -175,6 +181,19 @@ class FolderImages:
                 return {"image": file.read(), "label": self._label(index)}
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _share(root: pathlib.Path, split: str) -> tuple[str, float, float]:
+    """The name of a split, and from where to where it goes, as fractions of the whole one."""
+    base, bracket, _ = split.partition("[")
+    match = re.fullmatch(r"\w*(?:\[(?:(\d+)%)?:(?:(\d+)%)?\])?", split)
+    low, high = (int(match[1] or 0), int(match[2] or 100)) if match else (0, 0)
+    if bracket and not 0 <= low < high <= 100:
+        raise DataError(
+            f"folder {root} cannot give split {split!r}: a share is written in whole per cent, "
+            f"such as {base}[:99%] and {base}[99%:]"
+        )
+    return base, low / 100, high / 100
 
 
 def _split_folder(root: pathlib.Path, split: str, inside: list[str]) -> str:

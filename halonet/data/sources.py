@@ -5,17 +5,20 @@ folders, and any image classification data set that TFDS has prepared as ArrayRe
 downloads anything, and nothing imports TensorFlow.
 """
 
+import bisect
 import collections.abc
 import difflib
 import functools
 import hashlib
 import importlib.util
+import itertools
 import os
 import pathlib
 import re
 import typing
 
 import numpy as np
+from etils import epath
 
 from halonet.data.errors import DataError
 from halonet.data.folder import FolderImages
@@ -68,7 +71,9 @@ def open_source(name: str, split: str, *, data_dir: str = "", image_size: int) -
       name: "mnist5k", "fake:EXAMPLES:CLASSES", "folder", or a TFDS name as in "imagenet2012",
         "imagenet_resized/32x32" or "imagenet2012:5.1.0".
       split: "train" or "test" for the first two, "train" or "val" for a folder; for TFDS one of its
-        splits, or a slice of one such as "train[:10000]".
+        splits, or a slice of one such as "train[:10000]". To tune on a part of training that is
+        held out, and look at the evaluation split once: "train[:99%]" and "train[99%:]", which TFDS
+        cuts by index (its order is shuffled) and a folder by the hash of the file's name.
       data_dir: the folder of images, see `FolderImages`; or the one that holds the prepared TFDS
         data sets: empty means $TFDS_DATA_DIR, and without that ~/tensorflow_datasets.
       image_size: side of the images of the first two, in pixels.
@@ -208,29 +213,14 @@ class TfdsImages(_Numbered):
         # Late, since it takes half a second that the other sources need not pay.
         import tensorflow_datasets as tfds
 
-        default = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
-        # A path of etils, so that a bucket will do too.
-        folder = _prepared_folder(tfds.core.Path(data_dir or default).expanduser(), name)
-        try:
-            builder = tfds.builder_from_directory(folder)
-            info = builder.info
-        except (OSError, ValueError, KeyError) as error:
-            raise DataError(
-                f"data set {name!r} in {folder} cannot be opened: {_line(error)}"
-            ) from error
+        folder, builder = open_prepared(name, data_dir=data_dir)
+        info = builder.info
         _check_split(name, split, tuple(info.splits), info.splits)
         missing = [key for key in ("image", "label") if key not in (info.features or {})]
         if missing:
             raise DataError(
                 f"data set {name!r} is not for image classification: of the features image and "
                 f"label it lacks {' and '.join(missing)} (found: {_listed(info.features or {})})"
-            )
-        formats = {file_format.value for file_format in info.available_file_formats()}
-        if "array_record" not in formats:
-            raise DataError(
-                f"data set {name!r} in {folder} is prepared as {_listed(formats)}, which cannot be "
-                f"read by index; convert it with: python -m tensorflow_datasets.scripts."
-                f"convert_format --dataset_version_dir={folder} --out_file_format=array_record"
             )
         try:
             self._records = builder.as_data_source(
@@ -242,14 +232,15 @@ class TfdsImages(_Numbered):
             raise DataError(
                 f"data set {name!r} in {folder} cannot be opened: {_line(error)}"
             ) from error
+        parts = info.splits[split].file_instructions
+        self.shards = tuple(pathlib.PurePath(part.filename).name for part in parts)
+        self.shard_ends = tuple(itertools.accumulate(part.take for part in parts))
         # Otherwise a missing shard is noticed when its first example is due, hours later perhaps.
-        there = {path.name for path in folder.iterdir()}
-        shards = [part.filename for part in info.splits[split].file_instructions]
-        gone = sorted({pathlib.PurePath(shard).name for shard in shards} - there)
+        gone = sorted(set(self.shards) - {path.name for path in folder.iterdir()})
         if gone:
             raise DataError(
-                f"data set {name!r} in {folder} lacks {len(gone)} of the {len(set(shards))} shards "
-                f"of split {split!r}: {_listed(gone, most=2)}"
+                f"data set {name!r} in {folder} lacks {len(gone)} of the {len(set(self.shards))} "
+                f"shards of split {split!r}: {_listed(gone, most=2)}"
             )
         self.name = name
         self.split = split
@@ -267,25 +258,76 @@ class TfdsImages(_Numbered):
             "version": str(info.version),
             "hash": hashlib.sha256(known).hexdigest()[:16],
         }
+        # A split without labels is refused now, not when a run first evaluates.
+        self._check_label(0, self._read(0))
 
     def __len__(self) -> int:
         return len(self._records)
 
+    def where(self, index: int) -> str:
+        """Names the shard too: it is what has to be replaced when it is damaged."""
+        index = range(len(self))[index]
+        shard = self.shards[bisect.bisect_right(self.shard_ends, index)]
+        return f"{super().where(index)} ({shard})"
+
     def __getitem__(self, index: int) -> Example:
-        where = self.where(index)
+        record = self._read(index)
+        return {"image": record["image"], "label": self._check_label(index, record)}
+
+    def _read(self, index: int) -> dict[str, typing.Any]:
         try:
             record = self._records[index]
         except (OSError, ValueError, RuntimeError) as error:
-            raise DataError(f"{where} cannot be read: {_line(error)}") from error
+            raise DataError(f"{self.where(index)} cannot be read: {_line(error)}") from error
         if record["image"] is None or record["label"] is None:  # what a shard cut short gives
-            raise DataError(f"{where} cannot be read: its record is empty, the shard is damaged")
+            raise DataError(
+                f"{self.where(index)} cannot be read: its record is empty, the shard is damaged"
+            )
+        return record
+
+    def _check_label(self, index: int, record: dict[str, typing.Any]) -> int:
         label = int(record["label"])
         if not 0 <= label < len(self.classes):
             raise DataError(
-                f"{where} has label {label}, and there are {len(self.classes)} classes"
+                f"{self.where(index)} has label {label}, and there are {len(self.classes)} classes"
                 + ("; the split has no labels" if label == -1 else "")
             )
-        return {"image": record["image"], "label": label}
+        return label
+
+
+def data_root(data_dir: str) -> typing.Any:
+    """The folder of prepared TFDS data sets: `data_dir`, or by default $TFDS_DATA_DIR, or else
+    ~/tensorflow_datasets. A path of etils, so that a bucket will do too."""
+    default = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
+    return epath.Path(data_dir or default).expanduser()
+
+
+def open_prepared(name: str, *, data_dir: str) -> tuple[typing.Any, typing.Any]:
+    """The folder of a prepared TFDS data set and its builder, which may have any features.
+
+    Args:
+      name: as TFDS writes it, with configuration and version where there are several.
+      data_dir: see `data_root`.
+
+    Raises DataError if it is not there, half prepared, or not prepared as ArrayRecord.
+    """
+    import tensorflow_datasets as tfds
+
+    folder = _prepared_folder(data_root(data_dir), name)
+    try:
+        builder = tfds.builder_from_directory(folder)
+        formats = {file_format.value for file_format in builder.info.available_file_formats()}
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(
+            f"data set {name!r} in {folder} cannot be opened: {_line(error)}"
+        ) from error
+    if "array_record" not in formats:
+        raise DataError(
+            f"data set {name!r} in {folder} is prepared as {_listed(formats)}, which cannot be "
+            f"read by index; convert it with: python -m tensorflow_datasets.scripts."
+            f"convert_format --dataset_version_dir={folder} --out_file_format=array_record"
+        )
+    return folder, builder
 
 
 def _prepared_folder(root: typing.Any, name: str) -> typing.Any:
@@ -298,7 +340,7 @@ def _prepared_folder(root: typing.Any, name: str) -> typing.Any:
     if not root.is_dir():
         raise DataError(
             f"data set {name!r} not found: there is no folder {root}; "
-            "prepare it there or set data.data_dir"
+            "prepare it there (python -m halonet.data prepare) or set data.data_dir"
         )
     if not (root / base).is_dir():
         found = sorted(
@@ -310,7 +352,7 @@ def _prepared_folder(root: typing.Any, name: str) -> typing.Any:
         raise DataError(
             f"data set {name!r} not found under {root} (found: {_listed(found)}); "
             + (f"did you mean {near[0]!r}, or else " if near else "")
-            + "prepare it there or set data.data_dir"
+            + "prepare it there (python -m halonet.data prepare) or set data.data_dir"
         )
     versions = {
         entry.name: entry
@@ -330,7 +372,8 @@ def _prepared_folder(root: typing.Any, name: str) -> typing.Any:
     elif configs:
         what = f"has configurations, name one of them: {_listed(configs)}"
     else:
-        what = f"is not fully prepared (found: {_listed(inside)}); prepare it again"
+        what = f"is not fully prepared (found: {_listed(inside)}); "
+        what += "prepare it again: python -m halonet.data prepare"
     raise DataError(f"data set {name!r} under {root} {what}")
 
 
