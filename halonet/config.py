@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import itertools
 import json
 import math
 import sys
@@ -89,23 +90,24 @@ def _walk(tree: dict[str, Any], prefix: str):
             yield prefix + key, value
 
 
-def parse_flags(argv: Sequence[str]) -> list[str]:
+def parse_flags(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
     """absl's flag parser, with one clear line and exit code 2 for what it refuses.
 
-    Give it to `absl.app.run(main, flags_parser=...)`.
+    Give it to `absl.app.run(main, flags_parser=...)`. `values` are other flags than main's, one of
+    which is `config`.
     """
     try:
-        rest = flags.FLAGS(list(argv))
+        rest = values(list(argv))
         if len(rest) > 1:
             raise flags.Error(f"'{rest[1]}' is not a flag; did you mean '--{rest[1]}'?")
-        flags.FLAGS.config.to_dict()  # a file that cannot be read is known only when it is used
+        values.config.to_dict()  # a file that cannot be read is known only when it is used
         return rest
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        print(f"error: {_explain(argv, error)}", file=sys.stderr)
+        print(f"error: {_explain(argv, error, values)}", file=sys.stderr)
         sys.exit(2)
 
 
-def _explain(argv: Sequence[str], error: Exception) -> str:
+def _explain(argv: Sequence[str], error: Exception, values: flags.FlagValues) -> str:
     """What is wrong with the command line: the key, its value and the nearest good one."""
     path = _config_path(argv)
     if path and not epath.Path(path).exists():
@@ -114,11 +116,11 @@ def _explain(argv: Sequence[str], error: Exception) -> str:
         return _one_line(error)
     # Afresh: where an override is unknown, the flag itself holds no configuration.
     try:
-        config = flags.FLAGS["config"].parser.parse(path)
+        config = values["config"].parser.parse(path)
     except Exception as in_file:  # the file is a program: anything can be wrong in it
         return f"{path}: {_one_line(in_file)}"
     known = list(flatten(config))
-    for argument, following in zip(argv[1:], [*argv[2:], ""], strict=True):
+    for argument, following in itertools.pairwise([*argv[1:], ""]):
         name, equals, value = argument.lstrip("-").partition("=")
         if not argument.startswith("--") or not name.startswith("config."):
             continue
@@ -139,7 +141,7 @@ def _explain(argv: Sequence[str], error: Exception) -> str:
 
 def _config_path(argv: Sequence[str]) -> str:
     """The value of --config, in either way of writing it; "" where there is none."""
-    for argument, following in zip(argv[1:], [*argv[2:], ""], strict=True):
+    for argument, following in itertools.pairwise([*argv[1:], ""]):
         name, equals, value = argument.partition("=")
         if name in ("--config", "-config"):
             return value if equals else following

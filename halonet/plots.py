@@ -88,6 +88,38 @@ def prediction_sheet(
     _save(figure, path)
 
 
+def view_sheet(
+    above: np.ndarray,
+    below: np.ndarray,
+    names: Sequence[str],
+    path: epath.PathLike,
+    *,
+    columns: int = 8,
+) -> None:
+    """Draws images as training sees them, and below each what evaluation sees of it, as a PNG.
+
+    Args:
+      above: uint8 (N, H, W, 3): as training sees them.
+      below: uint8 (N, H, W, 3): as evaluation sees them.
+      names: N class names.
+      path: of the PNG, may be gs://.
+    """
+    columns = min(columns, len(names))
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(max(4.0, columns * 1.4), rows * 3.1 + 0.4), layout="constrained")
+    height, width = above.shape[1:3]
+    figure.suptitle(f"training above, evaluation below; {height} × {width} px", fontsize=10)
+    grid = figure.subplots(2 * rows, columns, squeeze=False)
+    for axis in grid.flat:
+        axis.axis("off")
+    for index, name in enumerate(names):
+        row, column = divmod(index, columns)
+        grid[2 * row, column].imshow(above[index])
+        grid[2 * row, column].set_title(name, fontsize=8)
+        grid[2 * row + 1, column].imshow(below[index])
+    _save(figure, path)
+
+
 def photograph(height: int, width: int) -> np.ndarray:
     """Returns a real photograph, cropped and resized: uint8 (height, width, 3)."""
     # Here and not above: a run draws other pictures, and scikit-learn takes a second to import.

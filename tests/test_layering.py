@@ -36,7 +36,8 @@ TABLE = {
         "safetensors",
     ),
     "halonet.data": ("data", "PIL grain numpy simplejpeg", ""),
-    "halonet.data.__main__": ("data", "absl ml_collections", ""),
+    # A command line: the images that it shows and counts are those of a configuration's views.
+    "halonet.data.__main__": ("data config plots", "absl ml_collections numpy", ""),
     "halonet.data.device": ("data", "jax numpy", ""),
     "halonet.data.prepare": ("data", "PIL numpy", "tensorflow tensorflow_datasets"),
     "halonet.data.sources": ("data", "PIL numpy", "tensorflow_datasets"),
@@ -99,7 +100,7 @@ TABLE = {
 # Below these, functions take plain keyword arguments.
 KNOW_THE_CONFIG = {
     *("main", "halonet.train", "halonet.evaluate", "halonet.run", "halonet.config"),
-    *("halonet.export", "halonet.plan"),
+    *("halonet.export", "halonet.plan", "halonet.data.__main__"),
 }
 
 LIBRARY = [*sorted((ROOT / "halonet").rglob("*.py")), ROOT / "main.py"]

@@ -138,7 +138,7 @@ def test_unusable_command_line(refused, monkeypatch, arguments, mentioned):
             ["--config.data.name=imagenet2012", "--config.data.data_dir=/nowhere/data"],
             3,
             "data set 'imagenet2012' not found: there is no folder /nowhere/data; "
-            "prepare it there or set data.data_dir",
+            "prepare it there (python -m halonet.data prepare) or set data.data_dir",
         ),
         (
             ["--distributed.process_id=1"],

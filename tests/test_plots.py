@@ -92,6 +92,25 @@ def test_prediction_sheet_is_a_picture(tmp_path):
     assert_is_picture(tmp_path / "sheet.png", (900, 1400), (100, 400))
 
 
+def test_view_sheet_is_a_picture(tmp_path):
+    images = MIXED[0]
+    plots.view_sheet(images, images, "abcdef", tmp_path / "sheet.png")
+    assert_is_picture(tmp_path / "sheet.png", (800, 1200), (300, 500))
+
+
+def test_view_sheet_has_evaluation_below_training(figures, tmp_path):
+    images = MIXED[0]
+    plots.view_sheet(images, 255 - images, "abcdef", tmp_path / "sheet.png", columns=4)
+    grid = np.reshape(figures[0].axes, (4, 4))
+    for index, name in enumerate("abcdef"):
+        row, column = divmod(index, 4)
+        above, below = grid[2 * row, column], grid[2 * row + 1, column]
+        assert above.get_title() == name
+        np.testing.assert_array_equal(above.images[0].get_array(), images[index])
+        np.testing.assert_array_equal(below.images[0].get_array(), 255 - images[index])
+    assert not any(axis.images for axis in grid[2:, 2:].flat)
+
+
 def test_sheet_puts_mistakes_first(figures, tmp_path):
     plots.prediction_sheet(*MIXED, CLASSES, tmp_path / "sheet.png")
     assert titles(figures[0]) == MIXED_TITLES + [""] * 4

@@ -8,3 +8,7 @@ class DataError(ValueError):
     """
 
     exit_code = 3
+
+
+class NotPreparedError(DataError):
+    """A data set of TFDS that is not there, or only half."""

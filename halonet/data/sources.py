@@ -20,7 +20,7 @@ import typing
 import numpy as np
 from etils import epath
 
-from halonet.data.errors import DataError
+from halonet.data.errors import DataError, NotPreparedError
 from halonet.data.folder import FolderImages
 
 _DIGIT_SIDE = 28
@@ -220,7 +220,7 @@ class TfdsImages(_Numbered):
         if missing:
             raise DataError(
                 f"data set {name!r} is not for image classification: of the features image and "
-                f"label it lacks {' and '.join(missing)} (found: {_listed(info.features or {})})"
+                f"label it lacks {' and '.join(missing)} (found: {listed(info.features or {})})"
             )
         try:
             self._records = builder.as_data_source(
@@ -232,18 +232,12 @@ class TfdsImages(_Numbered):
             raise DataError(
                 f"data set {name!r} in {folder} cannot be opened: {_line(error)}"
             ) from error
-        parts = info.splits[split].file_instructions
-        self.shards = tuple(pathlib.PurePath(part.filename).name for part in parts)
-        self.shard_ends = tuple(itertools.accumulate(part.take for part in parts))
         # Otherwise a missing shard is noticed when its first example is due, hours later perhaps.
-        gone = sorted(set(self.shards) - {path.name for path in folder.iterdir()})
-        if gone:
-            raise DataError(
-                f"data set {name!r} in {folder} lacks {len(gone)} of the {len(set(self.shards))} "
-                f"shards of split {split!r}: {_listed(gone, most=2)}"
-            )
+        self.shards, self.shard_ends = check_shards(name, folder, info, split)
         self.name = name
         self.split = split
+        self.folder = folder
+        self.splits = {key: info.splits[key].num_examples for key in info.splits}
         if not isinstance(info.features["label"], tfds.features.ClassLabel):
             raise DataError(
                 f"data set {name!r} is not for classification: its label has no classes"
@@ -323,11 +317,29 @@ def open_prepared(name: str, *, data_dir: str) -> tuple[typing.Any, typing.Any]:
         ) from error
     if "array_record" not in formats:
         raise DataError(
-            f"data set {name!r} in {folder} is prepared as {_listed(formats)}, which cannot be "
+            f"data set {name!r} in {folder} is prepared as {listed(formats)}, which cannot be "
             f"read by index; convert it with: python -m tensorflow_datasets.scripts."
             f"convert_format --dataset_version_dir={folder} --out_file_format=array_record"
         )
     return folder, builder
+
+
+def check_shards(
+    name: str, folder: typing.Any, info: typing.Any, split: str
+) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """The shards of a split, or of a slice of one, and where in it the examples of each end.
+
+    Raises DataError if a shard is missing.
+    """
+    parts = info.splits[split].file_instructions
+    shards = tuple(pathlib.PurePath(part.filename).name for part in parts)
+    gone = sorted(set(shards) - {path.name for path in folder.iterdir()})
+    if gone:
+        raise DataError(
+            f"data set {name!r} in {folder} lacks {len(gone)} of the {len(set(shards))} shards of "
+            f"split {split!r}: {listed(gone, most=2)}"
+        )
+    return shards, tuple(itertools.accumulate(part.take for part in parts))
 
 
 def _prepared_folder(root: typing.Any, name: str) -> typing.Any:
@@ -338,7 +350,7 @@ def _prepared_folder(root: typing.Any, name: str) -> typing.Any:
     """
     base, _, version = name.partition(":")
     if not root.is_dir():
-        raise DataError(
+        raise NotPreparedError(
             f"data set {name!r} not found: there is no folder {root}; "
             "prepare it there (python -m halonet.data prepare) or set data.data_dir"
         )
@@ -349,8 +361,8 @@ def _prepared_folder(root: typing.Any, name: str) -> typing.Any:
             if entry.is_dir() and not entry.name.startswith(".") and entry.name != "downloads"
         )
         near = difflib.get_close_matches(name, (*found, "mnist5k"), n=1)
-        raise DataError(
-            f"data set {name!r} not found under {root} (found: {_listed(found)}); "
+        raise NotPreparedError(
+            f"data set {name!r} not found under {root} (found: {listed(found)}); "
             + (f"did you mean {near[0]!r}, or else " if near else "")
             + "prepare it there (python -m halonet.data prepare) or set data.data_dir"
         )
@@ -363,18 +375,22 @@ def _prepared_folder(root: typing.Any, name: str) -> typing.Any:
         return versions[version]
     if versions and not version:
         return versions[max(versions, key=_version_key)]
-    inside = sorted(entry.name for entry in (root / base).iterdir() if entry.is_dir())
+    inside = sorted(
+        entry.name
+        for entry in (root / base).iterdir()
+        if entry.is_dir() and not entry.name.startswith(".")
+    )
     configs = [
         f"{base}/{entry}" for entry in inside if not re.match(r"\d+\.\d+\.\d+|incomplete\.", entry)
     ]
     if versions:
-        what = f"has no version {version!r} (found: {_listed(sorted(versions))})"
+        what = f"has no version {version!r} (found: {listed(sorted(versions))})"
     elif configs:
-        what = f"has configurations, name one of them: {_listed(configs)}"
+        what = f"has configurations, name one of them: {listed(configs)}"
     else:
-        what = f"is not fully prepared (found: {_listed(inside)}); "
+        what = f"is not fully prepared (found: {listed(inside)}); "
         what += "prepare it again: python -m halonet.data prepare"
-    raise DataError(f"data set {name!r} under {root} {what}")
+    raise NotPreparedError(f"data set {name!r} under {root} {what}")
 
 
 def _version_key(version: str) -> tuple[int, ...]:
@@ -385,7 +401,7 @@ def _check_split(name: str, split: str, known: tuple[str, ...], splits: typing.A
     """Raises DataError unless `split` is known, or a slice of one that is, and not empty."""
     base = re.match(r"[^\[+]*", split)[0].strip()
     if split not in known and (splits is None or base not in known):
-        raise DataError(f"data set {name!r} has no split {split!r} (found: {_listed(known)})")
+        raise DataError(f"data set {name!r} has no split {split!r} (found: {listed(known)})")
     if splits is None:
         return
     try:
@@ -396,7 +412,7 @@ def _check_split(name: str, split: str, known: tuple[str, ...], splits: typing.A
         raise DataError(f"split {split!r} of data set {name!r} has 0 examples")
 
 
-def _listed(names: collections.abc.Iterable[str], most: int = 12) -> str:
+def listed(names: collections.abc.Iterable[str], most: int = 12) -> str:
     names = list(names)
     return (", ".join(names[:most]) + (", ..." if len(names) > most else "")) or "nothing"
 
