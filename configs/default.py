@@ -31,6 +31,10 @@ def get_config() -> ConfigDict:
     config.model.dropout = 0.0  # of the pooled channels, before the classifier
     config.model.pad_to_blocks = False  # images of any size: each map padded to whole blocks
 
+    config.init = ConfigDict()
+    config.init.weights = ""  # a run's folder, or one of its checkpoints, to start from; "": none
+    config.init.skip = ""  # what of them is left out and starts fresh: head, or head,stage4_block3
+
     config.data = ConfigDict()
     config.data.name = "mnist5k"  # or folder, fake:EXAMPLES:CLASSES, a TensorFlow Datasets name
     config.data.data_dir = ""  # the folder of images, or of prepared data sets: this may be gs://

@@ -215,12 +215,17 @@ def differences(there: Any, wanted: Any) -> list[str]:
 def _describe(tree: Any) -> dict[str, str]:
     """Path of each array -> its dtype and shape. Orbax itself casts and drops without a word."""
     return {
-        "/".join(
-            str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key)))) for key in path
-        ): f"{jnp.dtype(leaf.dtype)}{list(leaf.shape)}"
+        path_name(path): f"{jnp.dtype(leaf.dtype)}{list(leaf.shape)}"
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
         if hasattr(leaf, "shape")
     }
+
+
+def path_name(path: tuple) -> str:
+    """The path of a leaf, as jax.tree_util gives it, as text: "params/head/bias"."""
+    return "/".join(
+        str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key)))) for key in path
+    )
 
 
 def _as_dict(state: Any) -> dict[str, Any]:

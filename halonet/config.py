@@ -46,6 +46,7 @@ AS_NAMED = {
 # What keys that came later mean where a saved configuration lacks them.
 ADDED = {
     **{f"model.{key}": value for key, value in AS_NAMED.items()},
+    **dict.fromkeys(("init.weights", "init.skip"), ""),
     "data.crop_pct": 1.0,
     "data.interpolation": "bilinear",
     "data.workers": 0,
@@ -388,6 +389,9 @@ def load_config(workdir: epath.PathLike) -> ConfigDict:
         raise ConfigError(f"{path} is damaged: {_one_line(error)}") from error
     for key, value in ADDED.items():
         group, _, name = key.partition(".")
+        # Weights converted from elsewhere have no more than a model and its images.
+        if group not in config and "seed" in config:
+            config[group] = ConfigDict()
         if group in config and name not in config[group]:
             config[group][name] = value
     return config

@@ -8,17 +8,21 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
-from halonet import checkpoint, metrics
-from halonet.config import build_model, center_view, load_config
+from halonet import checkpoint, metrics, steps
+from halonet.config import ConfigError, build_model, center_view, flatten, load_config
 from halonet.data import transforms
 from halonet.models import HaloNet, resize_tables
 
 WEIGHTS = ("ema", "raw")
+
+# What a fine-tuning may change without a word: what the same weights compute stays the same.
+_FREE = ("model.dtype", "model.bn_group", "model.remat", "model.drop_path", "model.dropout")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +133,93 @@ def load_run(
         variables = resize_tables(variables, saved, model)
         _check_fit(variables, model, size)
     return Run(workdir, step, config, tuple(meta["classes"]), weights, model, variables)
+
+
+def initial_variables(
+    config: ConfigDict, model: HaloNet, state: steps.TrainState
+) -> tuple[dict[str, Any], list[str]]:
+    """The variables that `config.init` makes a fresh run start with.
+
+    Relative tables of another block or halo are resized by offset. Everything else fits as it is
+    or is named in `init.skip`.
+
+    Args:
+      config: of the fresh run.
+      model: of the fresh run.
+      state: its abstract state, with shardings.
+
+    Returns:
+      {"params", "batch_stats"} on the shardings of `state`, abstract where they shall stay fresh,
+      and what to tell about it, line by line.
+
+    Raises:
+      ConfigError: where `init.weights` is no run, or of another model, or `init.skip` names
+        nothing.
+      CheckpointError: where weights are missing, left over or of another shape: one error that
+        lists them all.
+    """
+    where, skip = config.init.weights, [part for part in config.init.skip.split(",") if part]
+    for part in skip:
+        if not any(_in_part(name, part) for name in _named(state.params)):
+            raise ConfigError(
+                f"config.init.skip={config.init.skip!r}: {config.model.name} has no part {part!r}; "
+                f"it has {', '.join(state.params)}"
+            )
+    run = load_run(where, sharding=state.step.sharding)
+    if run.config.model.name != config.model.name:
+        raise ConfigError(
+            f"config.init.weights={where} is of {run.config.model.name}, and config.model.name is "
+            f"{config.model.name}; set --config.model.name={run.config.model.name}"
+        )
+    try:
+        theirs = resize_tables(run.variables, run.model, model)
+    except ValueError as error:
+        raise ConfigError(f"config.init.weights={where}: {error}") from error
+
+    def kept(tree: Any) -> dict[str, Any]:
+        return {
+            name: leaf
+            for name, leaf in _named(tree).items()
+            if not any(_in_part(name.partition("/")[2], part) for part in skip)
+        }
+
+    wanted = {"params": state.params, "batch_stats": state.batch_stats}
+    given, needed = kept(theirs), kept(wanted)
+    if differing := checkpoint.differences(given, needed):
+        raise checkpoint.CheckpointError(
+            f"the weights in {where} do not fit: {'; '.join(differing)}; "
+            f"config.init.skip={config.init.skip!r} is left out: --config.init.skip=head would "
+            "leave out the classifier"
+        )
+    onto = jax.tree.map(lambda leaf: leaf.sharding, needed)
+    placed = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=onto)(given)
+    variables = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: placed.get(checkpoint.path_name(path), leaf), wanted
+    )
+    count = sum(leaf.size for name, leaf in placed.items() if name.startswith("params/"))
+    fresh = [name for name in _named(state.params) if f"params/{name}" not in placed]
+    said = [
+        f"starting from step {run.step} of {where} ({run.weights} weights): loaded {len(placed)} "
+        f"arrays ({count:,} parameters), fresh: {', '.join(fresh) or 'none'}"
+    ]
+    there, here = flatten(run.config), flatten(config)
+    keys = [key for key in there if key.startswith("model.") and key not in _FREE]
+    unlike = [
+        f"{key} {there[key]!r} there, {here[key]!r} here"
+        for key in (*keys, "data.mean", "data.std")
+        if there[key] != here.get(key, there[key])
+    ]
+    return variables, said + ([f"  unlike them: {'; '.join(unlike)}"] if unlike else [])
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    """Leaves by path: {"head/bias": ..., ...}."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {checkpoint.path_name(path): leaf for path, leaf in leaves}
+
+
+def _in_part(name: str, part: str) -> bool:
+    return f"{name}/".startswith(f"{part}/")
 
 
 def _overridden(config: ConfigDict, num_classes: int, overrides: dict[str, Any]) -> HaloNet:

@@ -70,6 +70,23 @@ def init_state(
     )
 
 
+def start_from(state: TrainState, variables: dict[str, Any]) -> TrainState:
+    """A fresh state with other variables, which the moving averages, where kept, start from too.
+
+    Args:
+      state: of no step yet, so that nothing in the optimizer's state depends on the parameters.
+      variables: {"params", "batch_stats"}; where one is abstract, that of `state` stays.
+    """
+    own = {"params": state.params, "batch_stats": state.batch_stats}
+    variables = jax.tree.map(
+        lambda ours, theirs: ours if isinstance(theirs, jax.ShapeDtypeStruct) else theirs,
+        own,
+        variables,
+    )
+    averages = variables if state.ema else {}
+    return dataclasses.replace(state, **variables, ema=jax.tree.map(jnp.copy, averages))
+
+
 def normalize(
     images: UInt8[Array, "n h w c"], mean: tuple[float, ...], std: tuple[float, ...]
 ) -> Float[Array, "n h w c"]:

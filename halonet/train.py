@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from halonet import config as config_lib
 from halonet import evaluate as evaluate_lib
 from halonet import metrics as metrics_lib
-from halonet import optim, plots, runtime, sharding, steps
+from halonet import optim, plots, run, runtime, sharding, steps
 from halonet.checkpoint import (
     Checkpointer,
     abstract_on,
@@ -107,9 +107,13 @@ def train_and_evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str,
     abstract_state = jax.eval_shape(init, key)
     shardings = sharding.state_shardings(abstract_state, mesh)
 
-    # Start, or go on from the newest checkpoint.
+    # Start, from weights where the configuration names some, or go on from the newest checkpoint.
+    placed_state, said = abstract_on(abstract_state, shardings), []
     if start:
-        state = restore_state(workdir, start, abstract_on(abstract_state, shardings))
+        state = restore_state(workdir, start, placed_state)
+    elif config.init.weights:
+        variables, said = run.initial_variables(config, model, placed_state)
+        state = steps.start_from(jax.jit(init, out_shardings=shardings)(key), variables)
     else:
         state = jax.jit(init, out_shardings=shardings)(key)
     closing = contextlib.ExitStack()
@@ -204,6 +208,8 @@ def train_and_evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str,
     def eval_due(step: int) -> bool:
         return step == total or step % config.eval.every_steps == 0
 
+    for line in said:
+        progress.say(line)
     _introduce(progress, config, workdir, abstract_state.params, mesh, start=start, total=total)
     with closing, runtime.StopSignal(enabled=jax.process_count() == 1) as stop:
         # Compiled once and for all: a batch of another shape would be an error, not a compilation.
