@@ -84,7 +84,8 @@ def get_config() -> ConfigDict:
     config.optim.warmup = 0.05  # fraction of the run, linear; then a cosine to the floor
     config.optim.floor = 0.0  # last learning rate; scaled as the peak
     config.optim.momentum = 0.9  # of sgd and rmsprop; b1 of adamw and lamb
-    config.optim.weight_decay = 0.05  # of kernels only
+    config.optim.weight_decay = 0.05  # of kernels
+    config.optim.decay_tables = False  # and of relative tables
     config.optim.clip_norm = 1.0  # largest global norm of the gradient; 0: no clipping
 
     config.eval = ConfigDict()

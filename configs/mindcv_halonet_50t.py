@@ -17,7 +17,6 @@ there, since RandAugment takes its place, and changes nothing here. What is not 
 - bfloat16 here, float16 with a loss scale of 1024 there (yaml, amp_level O3).
 - MindCV initialises convolutions by HeUniform, tables by 0.02 and no scale by zero (code); we as
   in our other models.
-- Weight decay spares biases and norms (yaml, filter_bias_and_bn), and here the relative tables too.
 - MixUp draws one share for the batch here, one for each device's 64 images there (code).
 - RandAugment in MindCV's own operations has no SolarizeAdd, which here is one of 15 (code).
 - The aspect of what is erased is uniform in MindSpore and log-uniform here.
@@ -65,7 +64,8 @@ def get_config():
     config.optim.warmup = 3 / 300  # yaml: 3 epochs, then a cosine of 297
     config.optim.floor = 0.000006  # yaml
     config.optim.momentum = 0.9  # code, by default
-    config.optim.weight_decay = 0.04  # yaml
+    config.optim.weight_decay = 0.04  # yaml; not of biases and norms: filter_bias_and_bn
+    config.optim.decay_tables = True  # code: their names are no bias's nor norm's
     config.optim.clip_norm = 0.0  # code, by default: no clipping
 
     config.eval.every_steps = 12_510  # yaml: 5 epochs

@@ -66,6 +66,7 @@ ADDED = {
     "train.accumulate": 1,
     "optim.base_batch": 0,
     "optim.floor": 0.0,
+    "optim.decay_tables": False,
 }
 
 

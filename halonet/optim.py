@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -39,14 +40,16 @@ def warmup_cosine(
     )
 
 
-def decay_mask(params: Any) -> Any:
-    """True for the leaves that weight decay shrinks: kernels.
+def decay_mask(params: Any, *, tables: bool = False) -> Any:
+    """True for the leaves that weight decay shrinks: kernels, and relative tables where asked.
 
-    Norms, biases and relative-position tables are spared: decay would pull them from values that
-    mean something (a scale of one, a distance), not towards a simpler function.
+    Norms and biases are spared: decay would pull them from values that mean something (a scale of
+    one), not towards a simpler function. So it would relative tables, from a distance, and we spare
+    them too; but timm and MindCV do not.
     """
+    decayed = ("kernel", "row_table", "col_table") if tables else ("kernel",)
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: getattr(path[-1], "key", None) == "kernel", params
+        lambda path, _: getattr(path[-1], "key", None) in decayed, params
     )
 
 
@@ -57,37 +60,40 @@ def make_optimizer(
     momentum: float,
     weight_decay: float,
     clip_norm: float,
+    decay_tables: bool = False,
 ) -> optax.GradientTransformation:
     """Builds the chain: clip the gradient, then the named optimizer.
 
     Args:
-      name: "adamw" and "lamb" (decoupled weight decay); "sgd" (Nesterov) and "rmsprop" (both add
-        the decay to the gradient; the latter as EfficientNet was trained: TensorFlow's, with
+      name: "adamw" and "lamb" (decoupled weight decay; the latter as timm has it, moving by an
+        array's own norm only what weight decay may shrink); "sgd" (Nesterov) and "rmsprop" (both
+        add the decay to the gradient; the latter as EfficientNet was trained: TensorFlow's, with
         decay 0.9, epsilon 0.001 within the root and squares that start at 1).
       learning_rate: step -> learning rate.
       momentum: of SGD and RMSProp; b1 of AdamW and LAMB.
       weight_decay: coefficient, applied where `decay_mask` is true.
       clip_norm: largest global norm of the gradient; 0 does not clip.
+      decay_tables: whether `decay_mask` takes in the relative tables.
 
     Raises:
       ValueError: for an unknown name.
     """
+    mask = functools.partial(decay_mask, tables=decay_tables)
+    decay = optax.add_decayed_weights(weight_decay, mask=mask)
     if name == "adamw":
-        optimizer = optax.adamw(
-            learning_rate, b1=momentum, weight_decay=weight_decay, mask=decay_mask
-        )
+        optimizer = optax.adamw(learning_rate, b1=momentum, weight_decay=weight_decay, mask=mask)
     elif name == "lamb":
-        optimizer = optax.lamb(
-            learning_rate, b1=momentum, weight_decay=weight_decay, mask=decay_mask
+        optimizer = optax.chain(
+            optax.scale_by_adam(b1=momentum, eps=1e-6),
+            decay,
+            optax.masked(optax.scale_by_trust_ratio(), mask),
+            optax.scale_by_learning_rate(learning_rate),
         )
     elif name == "sgd":
-        optimizer = optax.chain(
-            optax.add_decayed_weights(weight_decay, mask=decay_mask),
-            optax.sgd(learning_rate, momentum=momentum, nesterov=True),
-        )
+        optimizer = optax.chain(decay, optax.sgd(learning_rate, momentum=momentum, nesterov=True))
     elif name == "rmsprop":
         optimizer = optax.chain(
-            optax.add_decayed_weights(weight_decay, mask=decay_mask),
+            decay,
             optax.rmsprop(learning_rate, decay=0.9, eps=1e-3, initial_scale=1.0, momentum=momentum),
         )
     else:

@@ -95,6 +95,7 @@ def train_and_evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str,
         momentum=config.optim.momentum,
         weight_decay=config.optim.weight_decay,
         clip_norm=config.optim.clip_norm,
+        decay_tables=config.optim.decay_tables,
     )
     init = functools.partial(
         sharding.seeing(mesh, steps.init_state),

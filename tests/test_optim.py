@@ -59,6 +59,21 @@ def test_decay_shrinks_kernels_only():
     kinds = {(path[-1].key, value) for path, value in jax.tree_util.tree_leaves_with_path(mask)}
     spared = {(name, False) for name in ("bias", "scale", "row_table", "col_table")}
     assert kinds == {("kernel", True), *spared}
+    mask = optim.decay_mask(params, tables=True)
+    kinds = {(path[-1].key, value) for path, value in jax.tree_util.tree_leaves_with_path(mask)}
+    decayed = {(name, True) for name in ("kernel", "row_table", "col_table")}
+    assert kinds == {*decayed, ("bias", False), ("scale", False)}
+
+
+@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+@pytest.mark.parametrize("tables", [False, True])
+def test_tables_decay_where_asked(name, tables):
+    params = {"row_table": jnp.ones((3, 2)), "kernel": jnp.ones((3, 2))}
+    settings = {"momentum": 0.0, "clip_norm": 0.0, "learning_rate": lambda step: 0.1}
+    tx = optim.make_optimizer(name, weight_decay=0.5, decay_tables=tables, **settings)
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    assert (updates["kernel"] < 0).all()
+    assert (updates["row_table"] < 0).all() == tables
 
 
 PARAMS = {
@@ -140,8 +155,9 @@ def test_lamb_by_hand(weight_decay):
             direction = mean[name] / (1 - b1 ** (step + 1))
             direction = direction / (np.sqrt(square[name] / (1 - b2 ** (step + 1))) + 1e-6)
             direction = direction + decay * params[name]
-            # Each array moves by its own norm times the rate.
+            # Each array moves by its own norm times the rate, but for biases and norms: timm's.
             trust = np.linalg.norm(params[name]) / np.linalg.norm(direction)
+            trust = trust if name == "kernel" else 1.0
             params[name] = params[name] - rate * trust * direction
         assert_close(found[step], params)
 
