@@ -75,7 +75,8 @@ demo: install
 	@$(RUN) main.py --config=configs/demo.py --workdir=$(WORKDIR) $(ARGS)
 
 test: install
-	@$(RUN) -m pytest -q -n $(JOBS) -m "not middle and not long" $(ARGS)
+	@$(RUN) -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder \
+	  -m "not middle and not long" $(ARGS)
 
 middle: install
 	@$(RUN) -m pytest -q -m "middle and not long" $(ARGS)

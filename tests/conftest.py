@@ -19,8 +19,25 @@ os.environ.setdefault(
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import jax
+import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory):
+    """(workdir, summary) of a run of `small_config`, for reading only."""
+    # Late: most tests need neither.
+    from halonet.train import train_and_evaluate
+    from tests.small_run import small_config
+
+    workdir = tmp_path_factory.mktemp("runs") / "undisturbed"
+    return workdir, train_and_evaluate(small_config(), workdir)
+
+
+def pytest_collection_modifyitems(items):
+    # Each process takes whole files: the longest goes first, and what it compiles serves others.
+    items.sort(key=lambda item: item.path.name != "test_train.py")
 
 
 def pytest_addoption(parser):

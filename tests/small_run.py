@@ -17,6 +17,7 @@ def small_config(**overrides):
         "eval.batch_size": 200,
         "eval.every_steps": 15,
         "checkpoint.every_steps": 13,
+        "checkpoint.keep_best": 2,
         "log.every_steps": 4,
         **overrides,
     }

@@ -6,9 +6,12 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 ROOT = pathlib.Path(__file__).parent.parent
 
 
+@pytest.mark.middle
 def test_the_long_tier_was_run_and_passed():
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "long", "tests"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout

@@ -270,7 +270,8 @@ def test_accumulation_equals_the_large_batch(accumulate, shares):
         "label": jnp.asarray(rng.integers(0, 5, 8), jnp.int32),
     }
     tx = optax.sgd(0.1)
-    state = steps.init_state(jax.random.key(0), init_fn=model.init, tx=tx, image_size=32, ema=False)
+    init = functools.partial(steps.init_state, init_fn=model.init, tx=tx, image_size=32, ema=False)
+    state = jax.jit(init)(jax.random.key(0))
     mixing = steps.Mixing(mixup=0.8, cutmix=0.0, cutmix_probability=0.0, group=2)
 
     def step(**kwargs):
