@@ -46,6 +46,8 @@ def get_config() -> ConfigDict:
     config.data.batch_size = 128  # examples per step, over all devices and processes
     config.data.mean = (0.485, 0.456, 0.406)  # per channel, white is 1: ImageNet's
     config.data.std = (0.229, 0.224, 0.225)  # per channel
+    config.data.damaged = "raise"  # or skip: another takes the place of a damaged training image
+    config.data.damaged_limit = 100  # images so replaced in an epoch; more of them end the run
     config.data.threads = 1  # host threads that read and augment, in each process that does
     config.data.workers = 0  # processes that do, for each trainer; 0: the trainer itself
 

@@ -29,7 +29,7 @@ from halonet.models import HaloNet, create_model
 # What may change between the starts of one run: none of it changes what is computed.
 MAY_CHANGE = (
     *("log.", "checkpoint.", "mesh.", "model.remat"),
-    *("data.data_dir", "data.threads", "data.workers", "eval.batch_size"),
+    *("data.data_dir", "data.threads", "data.workers", "data.damaged_limit", "eval.batch_size"),
 )
 
 # The values of config.model that leave a field as the named model has it.
@@ -50,6 +50,8 @@ ADDED = {
     "data.crop_pct": 1.0,
     "data.interpolation": "bilinear",
     "data.workers": 0,
+    "data.damaged": "raise",
+    "data.damaged_limit": 100,
     **dict.fromkeys(("augment.crop_min_area", "augment.color_jitter", "augment.erase"), 0.0),
     "augment.flip": False,
     "augment.rand_augment": "",
@@ -182,7 +184,14 @@ def check_values(config: ConfigDict) -> None:
         if flat[key] <= 0:
             raise ConfigError(f"config.{key}={flat[key]} must be above 0")
     not_negative = (
-        *("data.threads", "data.workers", "augment.rotate", "train.steps", "train.epochs"),
+        *(
+            "data.damaged_limit",
+            "data.threads",
+            "data.workers",
+            "augment.rotate",
+            "train.steps",
+            "train.epochs",
+        ),
         *("optim.weight_decay", "optim.clip_norm", "optim.base_batch", "optim.floor"),
         *("checkpoint.keep_best", "mesh.data", "augment.mixup", "augment.cutmix"),
         *("augment.color_jitter", "augment.crop_min_area", "augment.erase"),
@@ -225,6 +234,7 @@ def check_values(config: ConfigDict) -> None:
         "model.dtype": ("float32", "bfloat16"),
         "train.loss": ("cross_entropy", "binary"),
         "data.interpolation": tuple(INTERPOLATIONS),
+        "data.damaged": ("raise", "skip"),
         "augment.erase_fill": augment.FILLS,
         "augment.rand_augment_interpolation": (*INTERPOLATIONS, "random"),
     }

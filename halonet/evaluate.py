@@ -188,7 +188,7 @@ def evaluate_checkpoint(
             raise
         raise ConfigError(f"--mode=evaluate: {error}") from error
     if len(run.classes) != len(source.classes):
-        raise ConfigError(
+        raise sources.DataError(
             f"{where} has {len(run.classes)} classes and config.data.name={config.data.name} has "
             f"{len(source.classes)}; evaluate it on the data it was trained for"
         )

@@ -223,7 +223,8 @@ def train_step(
 
     Args:
       state: donated by the caller.
-      batch: "image" uint8 (N, H, W, 3) and "label" int32 (N,).
+      batch: "image" uint8 (N, H, W, 3) and "label" int32 (N,); perhaps "damaged" int32 (N,), above
+        0 where another image stands for a damaged one.
       apply_fn: the model's `apply`; it draws from the stream "dropout".
       tx: the optimizer.
       learning_rate: step -> learning rate, for the record; `tx` holds its own.
@@ -240,9 +241,11 @@ def train_step(
 
     Returns:
       The next state, and sums over the batch: "loss", "top1" and "count", beside the scalars
-      "grad_norm" (before clipping) and "learning_rate". Of mixed images, "top1" asks for the label
-      of the larger share.
+      "grad_norm" (before clipping) and "learning_rate", and "damaged", a count, if the batch has
+      it. Of mixed images, "top1" asks for the label of the larger share.
     """
+    batch = dict(batch)
+    damaged = batch.pop("damaged", None)
     mix_key, drop_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
 
     def loss_fn(params: Any, part: Batch, key: Array) -> tuple[Array, tuple[Any, Metrics]]:
@@ -293,6 +296,8 @@ def train_step(
     params = optax.apply_updates(state.params, updates)
     metrics["grad_norm"] = optax.tree.norm(grads)
     metrics["learning_rate"] = jnp.asarray(learning_rate(state.step), jnp.float32)
+    if damaged is not None:
+        metrics["damaged"] = (damaged > 0).sum(dtype=jnp.float32)
 
     ema = state.ema
     if ema:

@@ -31,6 +31,7 @@ from halonet.checkpoint import (
     step_folder,
 )
 from halonet.data import device, pipeline
+from halonet.data.damage import DamageCount
 from halonet.data.errors import DataError
 from halonet.models import HaloNet, cost
 
@@ -137,6 +138,7 @@ def train_and_evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str,
             process_count=jax.process_count(),
             augment=config_lib.random_view(config),
             repeats=config.augment.repeats,
+            replace_damaged=config.data.damaged == "skip",
             threads=config.data.threads,
             workers=config.data.workers,
         ),
@@ -165,6 +167,12 @@ def train_and_evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str,
     )
     eval_step = evaluate_lib.make_eval_step(model, config, mesh)
     profile = _profiler(workdir, start) if config.log.profile else None
+    damage = DamageCount(
+        limit=config.data.damaged_limit,
+        batch_size=config.data.batch_size,
+        examples=len(train_source),
+        start_step=start,
+    )
     progress = runtime.Progress(
         total=total,
         start=start,
@@ -222,7 +230,7 @@ def train_and_evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str,
         progress.pause(seconds)
         if start and eval_due(start) and not _agreed(_evaluated(log.rows(), start)):
             evaluate(start)
-        in_flight: collections.deque[jax.Array] = collections.deque()
+        in_flight: collections.deque[steps.Metrics] = collections.deque()
         unrecorded = None
         for step in range(start + 1, total + 1):
             state, metrics = train_step(state, next(batches))
@@ -232,9 +240,11 @@ def train_and_evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str,
                 log.write(start, dict(zip(STARTUP, measured, strict=True)))
             if unrecorded:
                 record(*unrecorded)
-            in_flight.append(metrics["loss"])
+            in_flight.append(metrics)
             if len(in_flight) > STEPS_IN_FLIGHT:
-                in_flight.popleft().block_until_ready()
+                seen = in_flight.popleft()
+                seen["loss"].block_until_ready()
+                damage.add(int(seen.get("damaged", 0)))
             checkpointer.check_errors()
             if profile:
                 profile(step)
@@ -258,6 +268,8 @@ def train_and_evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str,
                     f"{stopping} at step {step} of {total}: saved; the same command goes on"
                 )
         checkpointer.wait()
+        for seen in in_flight:
+            damage.add(int(seen.get("damaged", 0)))
 
         variables = state.ema or {"params": state.params, "batch_stats": state.batch_stats}
         evaluate_lib.draw_predictions(
@@ -269,6 +281,8 @@ def train_and_evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str,
             mesh=mesh,
         )
     summary = _summarise(log.rows(), total, abstract_state.params, time.perf_counter() - began)
+    if config.data.damaged == "skip":
+        summary["damaged"] = damage.total()  # of this start
     if primary:
         log.finish()
         plots.learning_curves(log.rows(), workdir / "curves.png")
@@ -310,7 +324,8 @@ def _abstract_batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict[str, An
     """The shapes of a global training batch, as the pipeline makes it."""
     n, size = config.data.batch_size, config.data.image_size
     shape = functools.partial(jax.ShapeDtypeStruct, sharding=sharding.batch_sharding(mesh))
-    return {"image": shape((n, size, size, 3), "uint8"), "label": shape((n,), "int32")}
+    batch = {"image": shape((n, size, size, 3), "uint8"), "label": shape((n,), "int32")}
+    return batch | ({"damaged": shape((n,), "int32")} if config.data.damaged == "skip" else {})
 
 
 def _ideal_seconds(model: HaloNet, size: int, mesh: jax.sharding.Mesh) -> float:
@@ -418,7 +433,9 @@ def _say_result(summary: dict[str, Any], workdir: epath.Path, what: str) -> None
             f"{summary['eval/count']:.0f} after {summary['step']} steps "
             f"(best {100 * summary['best/top1']:.2f} % at step {summary['best/step']}); "
             f"{summary['perf/images_per_second']:,.0f} images/s, "
-            f"{summary['perf/seconds']:.0f} s since its last start\n"
+            f"{summary['perf/seconds']:.0f} s since its last start"
+            + (f"; {n} images stood for damaged ones" if (n := summary.get("damaged")) else "")
+            + f"\n"
             f"  {workdir}/curves.png, predictions.png, summary.json, metrics.jsonl, tensorboard/\n"
             f'  in Python: run = halonet.load_run("{workdir}")'
         )

@@ -77,7 +77,8 @@ POSITIVE = (
     "augment.erase_attempts",
 )
 NOT_NEGATIVE = (
-    *("seed", "data.threads", "data.workers", "augment.rotate", "train.steps", "train.epochs"),
+    *("seed", "data.damaged_limit", "data.threads", "data.workers", "augment.rotate"),
+    *("train.steps", "train.epochs"),
     *("optim.weight_decay", "optim.clip_norm", "optim.base_batch", "optim.floor"),
     *("checkpoint.keep_best", "mesh.data", "augment.mixup", "augment.cutmix"),
     *("augment.color_jitter", "augment.crop_min_area", "augment.erase"),
@@ -310,7 +311,7 @@ def test_another_config_is_refused(config, tmp_path):
 
 # None of these changes what is computed.
 MAY_CHANGE = {
-    *("data.data_dir", "data.threads", "data.workers", "eval.batch_size"),
+    *("data.data_dir", "data.threads", "data.workers", "data.damaged_limit", "eval.batch_size"),
     *("log.every_steps", "log.profile"),
     *("checkpoint.every_steps", "checkpoint.keep_latest", "checkpoint.keep_best"),
     *("mesh.data", "mesh.fsdp", "model.remat"),

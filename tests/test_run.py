@@ -13,6 +13,7 @@ from PIL import Image
 import halonet
 from halonet import checkpoint, evaluate, metrics, sharding
 from halonet.config import ConfigError
+from halonet.data.errors import DataError
 from halonet.run import load_run, resolve_step
 from tests.small_run import small_config
 
@@ -195,7 +196,7 @@ def test_a_model_is_evaluated_at_another_size(workdir, tmp_path, size, padding):
 
 def test_other_classes_are_refused(workdir):
     config = small_config(**{"data.name": "fake:64:7", "data.eval_split": "test"})
-    with pytest.raises(ConfigError, match="has 10 classes and config.data.name=fake:64:7 has 7"):
+    with pytest.raises(DataError, match="has 10 classes and config.data.name=fake:64:7 has 7"):
         evaluate.evaluate_checkpoint(config, workdir)
 
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import signal
 
 import jax
@@ -300,6 +301,44 @@ def test_a_late_compilation_would_be_noticed():
         jax.jit(lambda x: x * 2)(np.ones(3))
     assert late_compilations(events) == ["jit(<lambda>)"]
     assert late_compilations(events[:-1]) == []
+
+
+@pytest.mark.middle
+def test_a_damaged_image_ends_the_run_or_is_counted(tmp_path, caplog):
+    from PIL import Image
+
+    for label in "ab":
+        (tmp_path / "images" / "train" / label).mkdir(parents=True)
+        for number in range(12):
+            pixels = np.full((40, 40, 3), 20 * number, np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / "train" / label / f"{number}.jpg")
+    shutil.copytree(tmp_path / "images" / "train", tmp_path / "images" / "val")
+    damaged = tmp_path / "images" / "train" / "b" / "3.jpg"
+    damaged.write_bytes(damaged.read_bytes()[:-200])
+
+    def run(name, **settings):
+        settings = {
+            "data.name": "folder",
+            "data.data_dir": str(tmp_path / "images"),
+            "data.eval_split": "val",
+            "data.batch_size": 16,
+            "eval.batch_size": 16,
+            "train.steps": 6,  # four epochs of 24
+            "log.every_steps": 1,
+            **{f"data.{key}": value for key, value in settings.items()},
+        }
+        return train.train_and_evaluate(small_config(**settings), tmp_path / name)
+
+    with pytest.raises(DataError, match=rf"^{damaged} is not a readable image: "):
+        run("strict")
+    summary = run("skip", damaged="skip", damaged_limit=1)
+    assert summary["damaged"] == 4
+    rows = metrics.read_metrics(tmp_path / "skip")
+    counts = [row["train/damaged"] for row in rows if "train/damaged" in row]
+    assert (len(counts), sum(counts)) == (6, 4)
+    assert caplog.text.count(f"{damaged} is not a readable image; others take its place") == 1
+    with pytest.raises(DataError, match=r"^1 damaged images in epoch 1, by step \d, and "):
+        run("none", damaged="skip", damaged_limit=0)
 
 
 @pytest.mark.middle

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from halonet.data import augment, decode, pipeline, transforms
-from halonet.data.errors import DataError
+from halonet.data.errors import DamagedImageError, DataError
 from halonet.data.randaugment import RandAugment
 from halonet.data.views import CenterView, RandomView
 
@@ -145,6 +145,69 @@ def test_a_damaged_image_is_named(threads):
     assert next(evaluate)["image"].shape == (1, 32, 32, 3)
     with pytest.raises(DataError, match=message):
         next(evaluate)
+
+
+class ManyFiles(Files):
+    """Nine, of which numbers 2 and 7 are damaged; a label is a number."""
+
+    def __init__(self, damaged=(2, 7)):
+        self.files = [encoded(photograph(50 + index), "JPEG") for index in range(9)]
+        for index in damaged:
+            self.files[index] = self.files[index][:-300]
+
+    def __getitem__(self, index):
+        return {"image": self.files[index], "label": index}
+
+
+def replaced(steps=9, source=None, **kwargs):
+    batches = pipeline.train_batches(
+        source or ManyFiles(),
+        batch_size=4,
+        seed=3,
+        augment=RandomView(CenterView(32), min_area=0.2, flip=0.5),
+        replace_damaged=True,
+        **kwargs,
+    )
+    taken = [next(batches) for _ in range(steps)]
+    batches.close()
+    return {name: np.concatenate([batch[name] for batch in taken]) for name in taken[0]}
+
+
+def test_a_damaged_image_is_replaced_and_named_once(caplog):
+    """In every epoch anew, by sound ones; every other place is as if all were sound."""
+    got = replaced()
+    assert sorted(record.getMessage() for record in caplog.records) == [
+        f"file {index} is not a readable image; others take its place" for index in (2, 7)
+    ]
+    sound = replaced(source=ManyFiles(damaged=()))
+    assert not sound["damaged"].any()
+    places = np.isin(sound["label"], (2, 7))
+    assert places.sum() == 4 * 2  # 36 places are four epochs
+    np.testing.assert_array_equal(got["damaged"], np.where(places, sound["label"] + 1, 0))
+    assert not np.isin(got["label"], (2, 7)).any()
+    for name in ("image", "label"):
+        np.testing.assert_array_equal(got[name][~places], sound[name][~places])
+    assert len(set(got["label"][places].tolist())) > 2
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{"threads": 3}, {"start_step": 5}, pytest.param({"workers": 2}, marks=pytest.mark.middle)],
+)
+def test_replacements_depend_on_the_place_alone(how):
+    whole, start = replaced(), how.get("start_step", 0)
+    got = replaced(9 - start, **how)
+    halves = [replaced(9 - start, process_index=p, process_count=2, **how) for p in (0, 1)]
+    for name, array in whole.items():
+        np.testing.assert_array_equal(got[name], array[4 * start :])
+        shares = [half[name].reshape(9 - start, 2, *array.shape[1:]) for half in halves]
+        joined = np.concatenate(shares, axis=1).reshape(array[4 * start :].shape)
+        np.testing.assert_array_equal(joined, array[4 * start :])
+
+
+def test_where_nothing_is_sound_nothing_is_replaced():
+    with pytest.raises(DamagedImageError, match=r"^file \d is not a readable image: "):
+        replaced(source=ManyFiles(damaged=range(9)))
 
 
 def test_evaluation_fills_up_with_squares():

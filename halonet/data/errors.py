@@ -12,3 +12,7 @@ class DataError(ValueError):
 
 class NotPreparedError(DataError):
     """A data set of TFDS that is not there, or only half."""
+
+
+class DamagedImageError(DataError):
+    """The bytes of one example are no image that can be read; the message names it."""

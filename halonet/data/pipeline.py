@@ -8,6 +8,7 @@ save with a checkpoint: the step is the position.
 
 import collections.abc
 import functools
+import logging
 import sys
 import typing
 
@@ -15,7 +16,7 @@ import grain
 import numpy as np
 
 from halonet.data.decode import DecodeError
-from halonet.data.errors import DataError
+from halonet.data.errors import DamagedImageError
 from halonet.data.sources import Source
 from halonet.data.workers import Batch, WorkerBatches
 
@@ -24,6 +25,8 @@ Augment = collections.abc.Callable[[bytes | np.ndarray, np.random.Generator], np
 
 View = collections.abc.Callable[[bytes | np.ndarray], np.ndarray]
 """(image as the source has it) -> pixels."""
+
+_REPLACEMENTS = 10  # tried in the place of a damaged image
 
 
 def train_batches(
@@ -36,6 +39,7 @@ def train_batches(
     process_count: int = 1,
     augment: Augment | None = None,
     repeats: int = 1,
+    replace_damaged: bool = False,
     threads: int = 1,
     workers: int = 0,
     prefetch: int = 4,
@@ -56,6 +60,8 @@ def train_batches(
       augment: applied to each image, with a Generator that depends on the seed and on the position
         in the stream, so that an example is changed differently in each epoch.
       repeats: repeated augmentation (Hoffer et al., 2019, arXiv 1901.09335); must divide the batch.
+      replace_damaged: whether an image that `augment` cannot read gives its place to another, drawn
+        from what the seed and the place give, and is named in the log. Otherwise it is an error.
       threads: how many batches a process makes at once; 0 makes them in the caller's thread. One is
         best for small images, whose cost is Python's; decoding JPEGs lets go of the interpreter's
         lock.
@@ -63,8 +69,12 @@ def train_batches(
         and `augment` must be picklable, and an error that is no DataError becomes one. 0: none.
       prefetch: how many batches are kept ready.
 
-    Yields {"image": uint8 (B/P, H, W, 3), "label": int32 (B/P,)}, in arrays that nobody else holds.
-    What the source or `augment` raises reaches the caller of next(). The iterator has close().
+    Yields {"image": uint8 (B/P, H, W, 3), "label": int32 (B/P,)}, in arrays that nobody else holds;
+    with `replace_damaged` also "damaged": int32 (B/P,), 1 + the number of the example whose place
+    this was, or 0.
+
+    next() raises DamagedImageError for an image that cannot be read and is not replaced, and
+    whatever else the source or `augment` raises. There is a close().
     """
     local = _local_size(batch_size, process_index, process_count)
     if not 0 <= seed < 2**32:
@@ -80,14 +90,15 @@ def train_batches(
         stream = _Repeated(stream, batch_size, repeats)
     if augment is not None:
         # Before the slice, so that the random numbers hang on the place in the global stream.
-        stream = stream.random_map(functools.partial(_augmented, source, augment))
+        stream = stream.random_map(functools.partial(_augmented, source, augment, replace_damaged))
     else:
         stream = stream.map(functools.partial(_example, source))
     mine = _ProcessSlice(stream, batch_size, start=process_index * local, length=local)
     # Batched here and not after to_iter_dataset: each batch is made whole by one thread, and which
     # examples it holds is arithmetic on its index.
     batches = mine.batch(local, drop_remainder=True, batch_fn=_stack)
-    return _iterate(batches[start_step:], threads, workers, prefetch)
+    made = _iterate(batches[start_step:], threads, workers, prefetch)
+    return _naming_damaged(made, source) if replace_damaged else made
 
 
 def eval_batches(
@@ -175,17 +186,52 @@ def _example(source: Source, index: int, view: View | None = None) -> dict:
     try:
         return {**example, "image": view(example["image"])}
     except DecodeError as error:
-        raise DataError(f"{source.where(index)} is not a readable image: {error}") from error
+        raise DamagedImageError(
+            f"{source.where(index)} is not a readable image: {error}"
+        ) from error
 
 
-def _augmented(source: Source, augment: Augment, index: int, rng: np.random.Generator) -> dict:
-    return _example(source, index, lambda image: augment(image, rng))
+def _augmented(
+    source: Source, augment: Augment, replace: bool, index: int, rng: np.random.Generator
+) -> dict:
+    if not replace:
+        return _example(source, index, lambda image: augment(image, rng))
+    damaged = 0
+    for left in reversed(range(_REPLACEMENTS + 1)):
+        try:
+            example = _example(source, index, lambda image: augment(image, rng))
+            return {**example, "damaged": damaged}
+        except DamagedImageError:
+            if not left:
+                raise
+            damaged = damaged or index + 1
+            index = int(rng.integers(len(source)))
+    raise AssertionError("not reached")
+
+
+def _naming_damaged(
+    batches: collections.abc.Iterator[Batch], source: Source
+) -> collections.abc.Generator[Batch, None, None]:
+    """Logs each damaged image once."""
+    named = set()
+    try:
+        for batch in batches:
+            found = set((batch["damaged"][batch["damaged"] > 0] - 1).tolist())
+            for index in sorted(found - named):
+                logging.warning(
+                    "%s is not a readable image; others take its place", source.where(index)
+                )
+            named |= found
+            yield batch
+    finally:
+        batches.close()
 
 
 def _stack(examples: collections.abc.Sequence[dict]) -> Batch:
+    numbers = examples[0].keys() - {"image"}
     return {
         "image": np.stack([example["image"] for example in examples]),
-        "label": np.array([example["label"] for example in examples], np.int32),
+        **{name: np.array([example[name] for example in examples], np.int32) for name in numbers},
     }
 
 
