@@ -38,7 +38,7 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict()
     config.data.name = "mnist5k"  # or folder, fake:EXAMPLES:CLASSES, a TensorFlow Datasets name
     config.data.data_dir = ""  # the folder of images, or of prepared data sets: this may be gs://
-    config.data.train_split = "train"  # name, or a slice such as train[:10000]
+    config.data.train_split = "train"  # name, or a slice: train[:99%], and train[99%:] to tune on
     config.data.eval_split = "test"  # likewise
     config.data.image_size = 256  # pixels, height and width
     config.data.crop_pct = 1.0  # share of the shorter side that evaluation sees

@@ -168,6 +168,14 @@ def test_each_fault_is_a_line(ran, tmp_path, data_dir):
     assert "(toy-val.array_record-00000-of-00001) cannot be read: " in err[0]
 
 
+@pytest.mark.parametrize("command", ["prepare", "check"])
+def test_help_names_the_flags(ran, command):
+    code, out, err = ran(command, "--help")
+    assert (code, err) == (0, [])
+    assert any("--manual_dir" in line for line in out)
+    assert any({"check": "--images_per_second", "prepare": "--data_dir"}[command] in x for x in out)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -87,6 +87,9 @@ def _check(argv: list[str]) -> int:
         "images_per_second", 0.0, "what a step takes", lower_bound=0.0, flag_values=values
     )
     flags.mark_flag_as_required("config", values)
+    if {"-h", "--help"} & set(argv):
+        print(__doc__, values.get_help(), sep="\n")
+        return 0
     parse_flags(argv, values)
     if values.sheet and not values.sheet.endswith(".png"):
         raise ConfigError(f"--sheet={values.sheet} does not end in .png")

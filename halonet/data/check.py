@@ -5,6 +5,7 @@ Each function looks at one thing; `python -m halonet.data check` prints what the
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import pathlib
@@ -142,16 +143,16 @@ def measure_rate(
       seconds: of the clock, twice.
     """
     settings = {"batch_size": batch_size, "seed": 0, "augment": augment}
-    batches = pipeline.train_batches(source, **settings, threads=threads, workers=workers)
-    for _ in range(max(1, threads) * max(1, workers)):  # what starting costs
-        next(batches)
-    rate = _rate(batches, batch_size, seconds, time.perf_counter)
-    batches.close()
-    batches = pipeline.train_batches(source, **settings, threads=0)
-    next(batches)
-    cost = _rate(batches, batch_size, seconds, time.process_time)
-    batches.close()
-    return Rate(rate, cost)
+    rates = []
+    for at_once, clock in (
+        ({"threads": threads, "workers": workers}, time.perf_counter),
+        ({"threads": 0, "workers": 0}, time.process_time),
+    ):
+        with contextlib.closing(pipeline.train_batches(source, **settings, **at_once)) as batches:
+            for _ in range(max(1, at_once["threads"]) * max(1, at_once["workers"])):
+                next(batches)  # what starting costs
+            rates.append(_rate(batches, batch_size, seconds, clock))
+    return Rate(*rates)
 
 
 def _rate(batches, batch_size: int, seconds: float, clock: Callable[[], float]) -> float:
