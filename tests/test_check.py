@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from halonet.data import check, sources
-from halonet.data.errors import DataError
+from halonet.data.errors import DamagedImageError, DataError
 from halonet.data.views import CenterView
 from tests.test_sources import prepare
 
@@ -86,8 +86,9 @@ def test_a_sample_is_from_all_over_and_says_what_is_damaged(tmp_path):
     assert names == ["ant"] * 4 + ["bee"] * 2
     assert small[:, 0, 0].tolist() == large[:, 0, 0].tolist()
     assert [row[0] // 8 for row in small[:, 0, 0].tolist()] == [0, 9, 19, 29, 9, 19]
-    (line,) = damaged
-    assert line.startswith(f"{bad} is not a readable image: ")
+    (error,) = damaged
+    assert isinstance(error, DamagedImageError)
+    assert str(error).startswith(f"{bad} is not a readable image: ")
     # All there are, where there are fewer.
     assert len(check.decode_sample(source, views, 1000)[1]) == 59
 

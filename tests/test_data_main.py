@@ -161,6 +161,12 @@ def test_each_fault_is_a_line(ran, tmp_path, data_dir):
         assert line.startswith("error: example ")
         assert f" of split '{split}' of data set 'toy' (toy-{split}.array_record-00000-of-" in line
         assert "is not a readable image: " in line
+    # Where training passes over damaged images it is warned of, and evaluation never does.
+    code, out, err = ran(*toy(tmp_path, **{"data.damaged": "skip"}))
+    assert (code, len(err)) == (3, 1)
+    assert "of split 'val' of" in err[0]
+    (warning,) = (line for line in out if line.startswith("warning "))
+    assert "of split 'train' of" in warning
     shard = next((tmp_path / "toy" / "1.0.0").glob("toy-val*"))
     shard.write_bytes(shard.read_bytes()[:50_000])
     code, out, err = ran(*toy(tmp_path))

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict, config_flags
 from halonet import plots
 from halonet.config import ConfigError, center_view, check_values, parse_flags, random_view
 from halonet.data import check, prepare, sources
-from halonet.data.errors import DataError, NotPreparedError
+from halonet.data.errors import DamagedImageError, DataError, NotPreparedError
 
 _SHEET = 16  # images on it
 _SAMPLE = 64  # images decoded of each split
@@ -103,6 +103,7 @@ def _check(argv: list[str]) -> int:
 def _look(config: ConfigDict, values: flags.FlagValues) -> set[str]:
     """Prints what is found, line by line; returns the faults."""
     data = config.data
+    skips = data.damaged == "skip"
     opened, faults = {}, set()
 
     def fault(line: str) -> None:
@@ -141,7 +142,14 @@ def _look(config: ConfigDict, values: flags.FlagValues) -> set[str]:
     views = {"train": lambda image: random(image, rng), "eval": center_view(config)}
     for use, source in opened.items():
         *_, damaged = check.decode_sample(source, (views[use],), _SAMPLE)
-        for line in (*check.read_shards(source), *damaged):
+        for error in damaged:
+            # What training would pass over is no fault of the data.
+            passed = use == "train" and isinstance(error, DamagedImageError) and skips
+            if passed:
+                _say("warning", str(error))
+            else:
+                fault(str(error))
+        for line in check.read_shards(source):
             fault(line)
     if values.sheet:
         squares, names, _ = check.decode_sample(first, tuple(views.values()), _SHEET)
@@ -173,6 +181,7 @@ def _say_rate(config: ConfigDict, source: sources.Source, wanted: float) -> None
         source,
         random_view(config),
         batch_size=min(data.batch_size, _RATE_BATCH),
+        replace_damaged=data.damaged == "skip",
         threads=data.threads,
         workers=data.workers,
     )

@@ -16,7 +16,7 @@ import numpy as np
 
 from halonet.data import pipeline, prepare, sources
 from halonet.data.decode import DecodeError
-from halonet.data.errors import DataError
+from halonet.data.errors import DamagedImageError, DataError
 from halonet.data.sources import Source, TfdsImages
 
 # Examples of the splits that papers report on.
@@ -100,7 +100,7 @@ def read_shards(source: Source) -> list[str]:
 
 def decode_sample(
     source: Source, views: tuple[Callable[[bytes | np.ndarray], np.ndarray], ...], count: int
-) -> tuple[list[np.ndarray], list[str], list[str]]:
+) -> tuple[list[np.ndarray], list[str], list[DataError]]:
     """Makes pixels of examples from all over a source.
 
     Args:
@@ -109,7 +109,7 @@ def decode_sample(
       count: of examples, or all there are.
 
     Returns the squares of each view, uint8 (examples, size, size, 3); the names of the classes; and
-    a line for each example that cannot be decoded, which the others lack.
+    the error of each example that cannot be read or decoded, which the others lack.
     """
     seen, names, damaged = [], [], []
     for index in np.unique(np.linspace(0, len(source) - 1, count).astype(int)).tolist():
@@ -118,9 +118,10 @@ def decode_sample(
             seen.append([view(example["image"]) for view in views])
             names.append(source.classes[example["label"]])
         except DecodeError as error:
-            damaged.append(f"{source.where(index)} is not a readable image: {error}")
+            where = source.where(index)
+            damaged.append(DamagedImageError(f"{where} is not a readable image: {error}"))
         except DataError as error:
-            damaged.append(str(error))
+            damaged.append(error)
     return [np.stack(squares) for squares in zip(*seen, strict=True)], names, damaged
 
 
@@ -129,6 +130,7 @@ def measure_rate(
     augment: pipeline.Augment,
     *,
     batch_size: int,
+    replace_damaged: bool = False,
     threads: int = 1,
     workers: int = 0,
     seconds: float = 4.0,
@@ -139,10 +141,12 @@ def measure_rate(
     else runs on the machine nor the waiting for a disk counts.
 
     Args:
-      source, augment, batch_size, threads, workers: as of `pipeline.train_batches`.
+      source, augment, batch_size, replace_damaged, threads, workers: as of
+        `pipeline.train_batches`.
       seconds: of the clock, twice.
     """
     settings = {"batch_size": batch_size, "seed": 0, "augment": augment}
+    settings["replace_damaged"] = replace_damaged
     rates = []
     for at_once, clock in (
         ({"threads": threads, "workers": workers}, time.perf_counter),

@@ -83,7 +83,7 @@ def command(*arguments):
         cwd=ROOT,
         env={
             "PATH": "/usr/bin:/bin",
-            "HOME": "/nowhere",
+            "HOME": str(pathlib.Path.home()),
             "JAX_PLATFORMS": "cpu",
             "PYTHONUNBUFFERED": "1",
             "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "xla"),
