@@ -114,7 +114,8 @@ def parse_flags(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> 
 def _explain(argv: Sequence[str], error: Exception, values: flags.FlagValues) -> str:
     """What is wrong with the command line: the key, its value and the nearest good one."""
     path = _config_path(argv)
-    if path and not epath.Path(path).exists():
+    file = path.partition(":")[0]  # what follows chooses a variant
+    if path and not epath.Path(file).exists():
         return f"--config={path}: there is no such file"
     if not path:
         return _one_line(error)
@@ -122,7 +123,8 @@ def _explain(argv: Sequence[str], error: Exception, values: flags.FlagValues) ->
     try:
         config = values["config"].parser.parse(path)
     except Exception as in_file:  # the file is a program: anything can be wrong in it
-        return f"{path}: {_one_line(in_file)}"
+        # Where it is a type or a value, ml_collections puts the whole traceback into the message.
+        return f"{path}: {_one_line(in_file.__context__ or in_file)}"
     known = list(flatten(config))
     for argument, following in itertools.pairwise([*argv[1:], ""]):
         name, equals, value = argument.lstrip("-").partition("=")

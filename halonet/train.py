@@ -90,14 +90,7 @@ def train_and_evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str,
 
     # The state, abstract first: its shardings are known before any array exists.
     schedule = _schedule(config, total)
-    tx = optim.make_optimizer(
-        config.optim.name,
-        learning_rate=schedule,
-        momentum=config.optim.momentum,
-        weight_decay=config.optim.weight_decay,
-        clip_norm=config.optim.clip_norm,
-        decay_tables=config.optim.decay_tables,
-    )
+    tx = _optimizer(config, schedule)
     init = functools.partial(
         sharding.seeing(mesh, steps.init_state),
         init_fn=model.init,
@@ -146,21 +139,7 @@ def train_and_evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str,
     )
     closing.callback(batches.close)
     train_step = jax.jit(
-        functools.partial(
-            sharding.seeing(mesh, steps.train_step),
-            apply_fn=model.apply,
-            tx=tx,
-            learning_rate=schedule,
-            mean=tuple(config.data.mean),
-            std=tuple(config.data.std),
-            label_smoothing=config.train.label_smoothing,
-            ema_decay=config.train.ema_decay,
-            loss=_loss(config),
-            mixing=_mixing(config),
-            seed=config.seed,
-            accumulate=config.train.accumulate,
-            shares=mesh.size,
-        ),
+        _train_step(config, model, tx, schedule, mesh),
         donate_argnums=0,
         in_shardings=(shardings, sharding.batch_sharding(mesh)),
         out_shardings=(shardings, sharding.replicated(mesh)),
@@ -299,6 +278,38 @@ def _schedule(config: ConfigDict, total: int) -> Callable:
         total_steps=total,
         warmup=config.optim.warmup,
         floor=optim.scaled(config.optim.floor, **rule),
+    )
+
+
+def _optimizer(config: ConfigDict, schedule: Callable) -> Any:
+    return optim.make_optimizer(
+        config.optim.name,
+        learning_rate=schedule,
+        momentum=config.optim.momentum,
+        weight_decay=config.optim.weight_decay,
+        clip_norm=config.optim.clip_norm,
+        decay_tables=config.optim.decay_tables,
+    )
+
+
+def _train_step(
+    config: ConfigDict, model: HaloNet, tx: Any, schedule: Callable, mesh: jax.sharding.Mesh
+) -> Callable:
+    """The step, uncompiled: (state, batch) -> (state, metrics)."""
+    return functools.partial(
+        sharding.seeing(mesh, steps.train_step),
+        apply_fn=model.apply,
+        tx=tx,
+        learning_rate=schedule,
+        mean=tuple(config.data.mean),
+        std=tuple(config.data.std),
+        label_smoothing=config.train.label_smoothing,
+        ema_decay=config.train.ema_decay,
+        loss=_loss(config),
+        mixing=_mixing(config),
+        seed=config.seed,
+        accumulate=config.train.accumulate,
+        shares=mesh.size,
     )
 
 

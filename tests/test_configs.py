@@ -1,6 +1,8 @@
 """Every config loads without JAX, declares nothing of its own, is valid, and is read."""
 
 import ast
+import importlib
+import inspect
 import json
 import os
 import pathlib
@@ -11,33 +13,89 @@ import sys
 import pytest
 
 from halonet.config import flatten
+from halonet.models import VARIANTS
 
 ROOT = pathlib.Path(__file__).parent.parent
-NAMES = sorted(path.stem for path in ROOT.glob("configs/*.py") if path.stem != "__init__")
+FILES = sorted(path.stem for path in ROOT.glob("configs/*.py") if path.stem != "__init__")
+MODULES = {name: importlib.import_module(f"configs.{name}") for name in FILES}
+# As on the command line: a file, or a file and a variant.
+NAMES = [
+    *FILES,
+    *(f"{name}:{it}" for name, module in MODULES.items() for it in getattr(module, "VARIANTS", ())),
+]
+RECIPES = [name for name in FILES if name not in ("default", "mnist", "demo")]
 
 LOAD = """
 import importlib, json, sys
-found = {}
-for name in sys.argv[1:]:
-    config = importlib.import_module(f"configs.{name}").get_config()
-    found[name] = [config.to_dict(), "jax" in sys.modules]
-print(json.dumps(found))
-"""
-VALIDATE = """
-import importlib, json, sys
-from halonet.config import validate
-found = {}
-for name in sys.argv[1:]:
-    config = importlib.import_module(f"configs.{name}").get_config()
-    if name == "default":
+
+def load(name):
+    file, *variant = name.split(":")
+    config = importlib.import_module(f"configs.{file}").get_config(*variant)
+    if file == "default":
         config.train.epochs = 1  # the one thing that default leaves to the others
+    return config
+
+def each(make):
+    print(json.dumps({name: make(name, load(name)) for name in sys.argv[1:]}))
+"""
+TO_DICT = (
+    LOAD
+    + """
+each(lambda _, config: [config.to_dict(), "jax" in sys.modules])
+"""
+)
+VALIDATE = (
+    LOAD
+    + """
+from halonet.config import validate
+
+def refusal(_, config):
     try:
         validate(config, num_classes=10)
-        found[name] = ""
+        return ""
     except ValueError as error:
-        found[name] = str(error)
-print(json.dumps(found))
+        return str(error)
+
+each(refusal)
 """
+)
+# All that a run does with a configuration before it compiles anything, but for its data.
+BUILD = (
+    LOAD
+    + """
+import jax, numpy as np
+from halonet import steps, train
+from halonet.config import center_view, random_view, total_steps, validate
+
+def build(name, config):
+    model = validate(config, num_classes=1000)
+    total = total_steps(config, 1_281_167)
+    schedule = train._schedule(config, total)
+    tx = train._optimizer(config, schedule)
+    state = jax.eval_shape(
+        lambda key: steps.init_state(
+            key, init_fn=model.init, tx=tx, image_size=config.data.image_size, ema=True
+        ),
+        jax.random.key(0),
+    )
+    after = state
+    if ":" not in name:  # tracing its gradient takes seconds
+        mesh = train.evaluate_lib.make_mesh(config)
+        step = train._train_step(config, model, tx, schedule, mesh)
+        after, _ = jax.eval_shape(step, state, train._abstract_batch(config, mesh))
+    image = np.random.default_rng(0).integers(0, 256, (400, 500, 3), np.uint8)
+    squares = center_view(config)(image), random_view(config)(image, np.random.default_rng(0))
+    return {
+        "same": jax.tree.map(lambda x: (x.shape, x.dtype), after)
+        == jax.tree.map(lambda x: (x.shape, x.dtype), state),
+        "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
+        "squares": [list(square.shape) for square in squares],
+        "rates": [float(schedule(step)) for step in (0, round(config.optim.warmup * total), total)],
+    }
+
+each(build)
+"""
+)
 
 
 def in_subprocess(code, *arguments):
@@ -55,7 +113,7 @@ def in_subprocess(code, *arguments):
 
 @pytest.fixture(scope="module")
 def loaded():
-    return in_subprocess(LOAD, *NAMES)
+    return in_subprocess(TO_DICT, *NAMES)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +133,76 @@ def keys_and_types(tree, prefix=""):
 
 
 def test_shipped_configs_are_seen():
-    assert {"default", "mnist"} <= set(NAMES)
+    assert {"default", "mnist", "imagenet:halonet_h7", "imagenet21k_finetune:512"} <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_config_with_an_argument_lists_its_variants(name):
+    arguments = inspect.signature(MODULES[name].get_config).parameters
+    assert bool(arguments) == hasattr(MODULES[name], "VARIANTS")
+    if arguments:
+        (argument,) = arguments.values()
+        assert argument.default in MODULES[name].VARIANTS
+        with pytest.raises(
+            ValueError, match=f"'h9'; there are: {', '.join(MODULES[name].VARIANTS)}$"
+        ):
+            MODULES[name].get_config("h9")
+
+
+@pytest.mark.parametrize("variant", MODULES["imagenet"].VARIANTS)
+def test_images_are_of_the_size_that_the_variant_was_published_with(variant):
+    config = MODULES["imagenet"].get_config(variant)
+    assert (config.model.name, config.data.image_size) == (variant, VARIANTS[variant].image_size)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_says_how_it_is_run_and_what_comes_of_it(name):
+    said = MODULES[name].__doc__
+    assert f"python main.py --config=configs/{name}.py" in said
+    assert re.search("published", said, flags=re.IGNORECASE)
+    assert "Hardware" in said or " on 8 " in said
+    if name != "finetune":
+        assert re.search("not\\s+reproduced\\s+here|is not\\. The recipe is NOT", said)
+
+
+def numbers_without_source(source):
+    """Lines that set a key to numbers without saying whose."""
+    lines = source.splitlines()
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute):
+            constants = [it.value for it in ast.walk(node.value) if isinstance(it, ast.Constant)]
+            numbers = [it for it in constants if isinstance(it, int | float)]
+            if numbers and not re.search(r"  # \w+", lines[node.lineno - 1]):
+                found.append(lines[node.lineno - 1].strip())
+    return found
+
+
+# The other headers say of all their numbers at once that they are ours.
+@pytest.mark.parametrize("name", sorted({*RECIPES} - {"finetune", "imagenet21k_finetune"}))
+def test_every_number_of_a_recipe_has_a_source(name):
+    assert numbers_without_source((ROOT / "configs" / f"{name}.py").read_text()) == []
+
+
+def test_a_number_without_a_source_is_noticed():
+    source = "def f():\n    c.a = 1  # ours\n    c.b = 2 / 3\n    c.d = name\n    c.e = True"
+    assert numbers_without_source(source) == ["c.b = 2 / 3", "c.e = True"]
+
+
+@pytest.mark.middle
+def test_everything_is_built_that_a_run_compiles():
+    """Model, schedule, optimizer, views and, of each file, the training step, at full size."""
+    built = in_subprocess(BUILD, *NAMES)
+    for name, found in built.items():
+        config = MODULES[name.partition(":")[0]].get_config(*name.split(":")[1:])
+        size = config.data.image_size
+        assert found["same"], name
+        assert found["squares"] == [[size, size, 3]] * 2, name
+        scale = config.data.batch_size / (config.optim.base_batch or config.data.batch_size)
+        peak, floor = config.optim.learning_rate * scale, config.optim.floor * scale
+        assert found["rates"] == pytest.approx([0.0, peak, floor], rel=1e-3, abs=1e-9), name
+        if not config.model.block_size:  # which the relative tables would follow
+            assert found["parameters"] == VARIANTS[config.model.name].params, name
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -20,6 +20,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 # ml_collections loads config files by an older way of importlib.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module.. method:DeprecationWarning")
 MNIST = f"--config={ROOT / 'configs' / 'mnist.py'}"
+IMAGENET = ROOT / "configs" / "imagenet.py"
 
 
 @pytest.fixture
@@ -83,6 +84,19 @@ UNREADABLE = [
     (
         [MNIST, "--workdir=w", "--config.data.batch_size=1.5"],
         "config.data.batch_size=1.5 is not of the key's type, int: now 64",
+    ),
+    (
+        [f"--config={IMAGENET}:halonet_h4", "--workdir=w", "--config.sed=1"],
+        "no config key 'sed' (value '1'); did you mean 'seed'?",
+    ),
+    (
+        [f"--config={IMAGENET}:halonet_h8", "--workdir=w"],
+        f"{IMAGENET}:halonet_h8: unknown variant 'halonet_h8'; there are: halonet_h0, halonet_h1, "
+        "halonet_h2, halonet_h3, halonet_h4, halonet_h5, halonet_h6, halonet_h7",
+    ),
+    (
+        ["--config=configs/imagnet.py:halonet_h4", "--workdir=w"],
+        "--config=configs/imagnet.py:halonet_h4: there is no such file",
     ),
     ([MNIST, "--workdirr=w"], "Unknown command line flag 'workdirr'. Did you mean: workdir ?"),
 ]
