@@ -51,6 +51,7 @@ def main(argv: list[str]) -> None:
                 step=FLAGS["evaluate.step"].value,
                 checkpoint=FLAGS["evaluate.checkpoint"].value,
                 weights=FLAGS["evaluate.weights"].value,
+                chosen=config_flags.get_override_values(FLAGS["config"]),
             )
     except Exception as error:
         code = getattr(error, "exit_code", None)

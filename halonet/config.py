@@ -11,7 +11,7 @@ import itertools
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -277,6 +277,14 @@ def validate(config: ConfigDict, *, num_classes: int) -> HaloNet:
 def center_view(config: ConfigDict) -> CenterView:
     """What evaluation sees of an image."""
     return CenterView(config.data.image_size, config.data.crop_pct, config.data.interpolation)
+
+
+def with_view_of(config: ConfigDict, trained: ConfigDict, chosen: Collection[str]) -> ConfigDict:
+    """A configuration that sees images as another does, but for the keys of `chosen`."""
+    config = config.copy_and_resolve_references()
+    for key in {"data.crop_pct", "data.interpolation"} - set(chosen):
+        config.update_from_flattened_dict({key: _lookup(trained, key)})
+    return config
 
 
 def random_view(config: ConfigDict) -> RandomView:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ from halonet.config import (
     check_image_size,
     check_values,
     model_overrides,
+    with_view_of,
 )
 from halonet.data import device, pipeline, sources
 from halonet.models import HaloNet
@@ -162,6 +163,7 @@ def evaluate_checkpoint(
     step: str = "best",
     checkpoint: str = "",
     weights: str = "",
+    chosen: Collection[str] = (),
 ) -> dict[str, Any]:
     """`--mode=evaluate`: scores a checkpoint on the evaluation split of `config`.
 
@@ -169,11 +171,13 @@ def evaluate_checkpoint(
 
     Args:
       config: names the data. The model is that of the checkpoint, but for what `config.model` sets
-        besides its name: other windows or padding, say.
+        besides its name: other windows or padding, say. Crop and interpolation are those of the
+        checkpoint, too.
       workdir: the run, and where the result is written.
       step: "best", "latest" or a number.
       checkpoint: another run's folder, or one of its checkpoints, instead of `workdir`'s.
       weights: "ema", "raw", or "" for the averages where they were kept.
+      chosen: keys of `config` that count all the same, such as "data.crop_pct".
     """
     check_values(config)
     mesh = make_mesh(config)
@@ -193,7 +197,8 @@ def evaluate_checkpoint(
             f"{len(source.classes)}; evaluate it on the data it was trained for"
         )
     check_image_size(run.model, config.data.image_size)
-    # Normalised as the run was trained, whatever data it is scored on.
+    # Seen and normalised as by the run, whatever data it is scored on.
+    config = with_view_of(config, run.config, chosen)
     eval_step = make_eval_step(run.model, run.config, mesh)
     scores = evaluate(eval_step, run.variables, eval_batches(config, source, mesh))
     low, high = wilson_interval(scores["top1"], scores["count"])
@@ -202,6 +207,9 @@ def evaluate_checkpoint(
         "step": run.step,
         "weights": run.weights,
         "data": f"{config.data.name}/{config.data.eval_split}",
+        "image_size": config.data.image_size,
+        "crop_pct": config.data.crop_pct,
+        "interpolation": config.data.interpolation,
         "count": int(scores["count"]),
         "top1": scores["top1"],
         "top1_interval_95": [low, high],

@@ -8,7 +8,6 @@ import functools
 import json
 import math
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,7 +20,7 @@ from ml_collections import ConfigDict
 from halonet import config as config_lib
 from halonet import evaluate as evaluate_lib
 from halonet import metrics as metrics_lib
-from halonet import optim, plots, run, runtime, sharding, steps
+from halonet import optim, plots, recipe, run, runtime, sharding, steps
 from halonet.checkpoint import (
     Checkpointer,
     abstract_on,
@@ -85,12 +84,10 @@ def train_and_evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str,
     if start:
         _check_same_data(read_meta(step_folder(workdir, start)), meta, workdir)
     multihost_utils.sync_global_devices("every process has read the workdir")
-    if primary:
-        config_lib.save_config(config, workdir)
 
     # The state, abstract first: its shardings are known before any array exists.
-    schedule = _schedule(config, total)
-    tx = _optimizer(config, schedule)
+    schedule = recipe.schedule(config, total)
+    tx = recipe.optimizer(config, schedule)
     init = functools.partial(
         sharding.seeing(mesh, steps.init_state),
         init_fn=model.init,
@@ -111,6 +108,9 @@ def train_and_evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str,
         state = steps.start_from(jax.jit(init, out_shardings=shardings)(key), variables)
     else:
         state = jax.jit(init, out_shardings=shardings)(key)
+    # Not before: weights that are refused leave the workdir to the next attempt.
+    if primary:
+        config_lib.save_config(config, workdir)
     closing = contextlib.ExitStack()
     log = metrics_lib.MetricsLog(workdir, start_step=start, primary=primary)
     closing.callback(log.close)
@@ -139,7 +139,7 @@ def train_and_evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str,
     )
     closing.callback(batches.close)
     train_step = jax.jit(
-        _train_step(config, model, tx, schedule, mesh),
+        recipe.train_step(config, model, tx, schedule, mesh),
         donate_argnums=0,
         in_shardings=(shardings, sharding.batch_sharding(mesh)),
         out_shardings=(shardings, sharding.replicated(mesh)),
@@ -203,7 +203,7 @@ def train_and_evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str,
         # Compiled once and for all: a batch of another shape would be an error, not a compilation.
         progress.say("compiling the step (kept for later starts)")
         started = time.perf_counter()
-        train_step = train_step.lower(state, _abstract_batch(config, mesh)).compile()
+        train_step = train_step.lower(state, recipe.abstract_batch(config, mesh)).compile()
         seconds = time.perf_counter() - started
         progress.say(f"compiled the step in {seconds:.0f} s")
         progress.pause(seconds)
@@ -268,75 +268,6 @@ def train_and_evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str,
         (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         _say_result(summary, workdir, "is done")
     return summary
-
-
-def _schedule(config: ConfigDict, total: int) -> Callable:
-    """The learning rate of each step, under the linear rule where the configuration asks for it."""
-    rule = {"batch_size": config.data.batch_size, "base_batch": config.optim.base_batch}
-    return optim.warmup_cosine(
-        peak=optim.scaled(config.optim.learning_rate, **rule),
-        total_steps=total,
-        warmup=config.optim.warmup,
-        floor=optim.scaled(config.optim.floor, **rule),
-    )
-
-
-def _optimizer(config: ConfigDict, schedule: Callable) -> Any:
-    return optim.make_optimizer(
-        config.optim.name,
-        learning_rate=schedule,
-        momentum=config.optim.momentum,
-        weight_decay=config.optim.weight_decay,
-        clip_norm=config.optim.clip_norm,
-        decay_tables=config.optim.decay_tables,
-    )
-
-
-def _train_step(
-    config: ConfigDict, model: HaloNet, tx: Any, schedule: Callable, mesh: jax.sharding.Mesh
-) -> Callable:
-    """The step, uncompiled: (state, batch) -> (state, metrics)."""
-    return functools.partial(
-        sharding.seeing(mesh, steps.train_step),
-        apply_fn=model.apply,
-        tx=tx,
-        learning_rate=schedule,
-        mean=tuple(config.data.mean),
-        std=tuple(config.data.std),
-        label_smoothing=config.train.label_smoothing,
-        ema_decay=config.train.ema_decay,
-        loss=_loss(config),
-        mixing=_mixing(config),
-        seed=config.seed,
-        accumulate=config.train.accumulate,
-        shares=mesh.size,
-    )
-
-
-def _loss(config: ConfigDict) -> Callable:
-    if config.train.loss == "cross_entropy":
-        return steps.cross_entropy
-    threshold = config.train.target_threshold
-    return functools.partial(steps.binary_cross_entropy, threshold=threshold)
-
-
-def _mixing(config: ConfigDict) -> steps.Mixing | None:
-    if not config.augment.mixup and not config.augment.cutmix:
-        return None
-    return steps.Mixing(
-        mixup=config.augment.mixup,
-        cutmix=config.augment.cutmix,
-        cutmix_probability=config.augment.cutmix_probability,
-        group=config.model.bn_group,
-    )
-
-
-def _abstract_batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    """The shapes of a global training batch, as the pipeline makes it."""
-    n, size = config.data.batch_size, config.data.image_size
-    shape = functools.partial(jax.ShapeDtypeStruct, sharding=sharding.batch_sharding(mesh))
-    batch = {"image": shape((n, size, size, 3), "uint8"), "label": shape((n,), "int32")}
-    return batch | ({"damaged": shape((n,), "int32")} if config.data.damaged == "skip" else {})
 
 
 def _ideal_seconds(model: HaloNet, size: int, mesh: jax.sharding.Mesh) -> float:

@@ -20,10 +20,12 @@ from halonet.config import (
     save_config,
     total_steps,
     validate,
+    with_view_of,
 )
 from halonet.data.randaugment import RandAugment
 from halonet.data.views import CenterView, RandomView
 from halonet.models import create_model
+from tests.small_run import small_config
 
 
 @pytest.fixture
@@ -284,6 +286,7 @@ def test_a_run_from_before_a_key_existed_goes_on(config, tmp_path):
     with old.unlocked():
         del old.model["plan"]
         del old.train["accumulate"]
+        del old["init"]
     save_config(old, tmp_path)
     check_workdir(config, tmp_path)
     config.model.plan = "c/h"
@@ -380,6 +383,15 @@ def test_views_are_what_the_keys_say(config):
         "aspect": (0.3, 3.3),
         "attempts": 1,
     }
+
+
+def test_the_view_of_another_configuration(config):
+    trained = small_config(**{"data.crop_pct": 0.9, "data.interpolation": "bicubic"})
+    config.update_from_flattened_dict({"data.crop_pct": 0.5, "data.image_size": 64})
+    assert center_view(with_view_of(config, trained, ())) == CenterView(64, 0.9, "bicubic")
+    chosen = ("data.crop_pct", "seed")
+    assert center_view(with_view_of(config, trained, chosen)) == CenterView(64, 0.5, "bicubic")
+    assert center_view(config) == CenterView(64, 0.5, "bilinear")
 
 
 def test_nothing_is_changed_unless_a_key_says_so():

@@ -64,14 +64,15 @@ BUILD = (
     LOAD
     + """
 import jax, numpy as np
-from halonet import steps, train
+from halonet import recipe, steps
 from halonet.config import center_view, random_view, total_steps, validate
+from halonet.evaluate import make_mesh
 
 def build(name, config):
     model = validate(config, num_classes=1000)
     total = total_steps(config, 1_281_167)
-    schedule = train._schedule(config, total)
-    tx = train._optimizer(config, schedule)
+    schedule = recipe.schedule(config, total)
+    tx = recipe.optimizer(config, schedule)
     state = jax.eval_shape(
         lambda key: steps.init_state(
             key, init_fn=model.init, tx=tx, image_size=config.data.image_size, ema=True
@@ -80,9 +81,9 @@ def build(name, config):
     )
     after = state
     if ":" not in name:  # tracing its gradient takes seconds
-        mesh = train.evaluate_lib.make_mesh(config)
-        step = train._train_step(config, model, tx, schedule, mesh)
-        after, _ = jax.eval_shape(step, state, train._abstract_batch(config, mesh))
+        mesh = make_mesh(config)
+        step = recipe.train_step(config, model, tx, schedule, mesh)
+        after, _ = jax.eval_shape(step, state, recipe.abstract_batch(config, mesh))
     image = np.random.default_rng(0).integers(0, 256, (400, 500, 3), np.uint8)
     squares = center_view(config)(image), random_view(config)(image, np.random.default_rng(0))
     return {

@@ -18,6 +18,8 @@ from flax import traverse_util
 from safetensors.numpy import load_file, save, save_file
 
 from halonet import checkpoint, load_run
+from halonet.config import center_view
+from halonet.data.views import CenterView
 from halonet.models import VARIANTS, create_model
 from halonet.models.convert import __main__ as command
 from halonet.models.convert import readers, weights
@@ -414,6 +416,8 @@ def test_a_file_becomes_a_run_and_the_file_again(run, timms, tmp_path):
     assert opened.model == create_model(NAME, num_classes=3)
     assert opened.preprocess([np.zeros((300, 400, 3), np.uint8)]).shape == (1, 256, 256, 3)
     assert opened.config.converted_from.file == "model.safetensors"
+    # As its published accuracy was measured.
+    assert center_view(opened.config) == CenterView(256, VARIANTS[NAME].crop_pct, "bicubic")
     model, entries = described(NAME)
     expected, _ = weights.to_variables(load_file(timms), entries, model)
     jax.tree.map(np.testing.assert_array_equal, opened.variables, expected)

@@ -16,7 +16,7 @@ from matplotlib import cbook
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from halonet import checkpoint, config, run, sharding, steps
+from halonet import checkpoint, config, run, sharding, steps, train
 from tests.small_run import small_config
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -185,6 +185,12 @@ def test_what_cannot_be_started_from(weights, overrides, message):
     message = re.escape(message.format(weights[0]))
     with pytest.raises(config.ConfigError, match=f"^{message}$"):
         read(**overrides)
+
+
+def test_refused_weights_leave_the_workdir_to_the_next_attempt(tmp_path):
+    with pytest.raises(config.ConfigError, match="nowhere holds no run"):
+        train.train_and_evaluate(small_config(**{"init.weights": "nowhere"}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def main(*arguments):

@@ -61,8 +61,11 @@ TABLE = {
         "jax ml_collections numpy",
         "",
     ),
+    # What a configuration trains by, as plain functions for the step's compilation.
+    "halonet.recipe": ("models steps optim sharding", "jax ml_collections optax", ""),
     "halonet.train": (
-        "models data steps checkpoint sharding plots config run evaluate metrics optim runtime",
+        "models data steps checkpoint sharding plots config run recipe evaluate metrics optim "
+        "runtime",
         "clu jax ml_collections numpy",
         "",
     ),
@@ -100,6 +103,7 @@ TABLE = {
 # Below these, functions take plain keyword arguments.
 KNOW_THE_CONFIG = {
     *("main", "halonet.train", "halonet.evaluate", "halonet.run", "halonet.config"),
+    "halonet.recipe",
     *("halonet.export", "halonet.plan", "halonet.data.__main__"),
 }
 

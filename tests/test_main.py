@@ -14,7 +14,7 @@ from absl.testing import flagsaver
 import main
 from configs import mnist
 from halonet import runtime
-from halonet.config import parse_flags, save_config
+from halonet.config import ConfigError, parse_flags, save_config
 
 ROOT = pathlib.Path(__file__).parent.parent
 # ml_collections loads config files by an older way of importlib.
@@ -167,6 +167,21 @@ def test_unusable_configuration(refused, tmp_path, arguments, code, message):
     workdir = tmp_path / "run"
     assert refused(MNIST, f"--workdir={workdir}", *arguments) == (code, message)
     assert not workdir.exists()
+
+
+def test_evaluation_is_told_what_the_command_line_sets(refused, monkeypatch):
+    def evaluate(config, workdir, *, chosen, **_):
+        raise ConfigError(f"chosen: {', '.join(sorted(chosen))}")
+
+    monkeypatch.setattr("halonet.evaluate.evaluate_checkpoint", evaluate)
+    arguments = (
+        "--workdir=w",
+        "--mode=evaluate",
+        "--config.seed=1",
+        "--config.data.crop_pct",
+        "0.5",
+    )
+    assert refused(MNIST, *arguments) == (2, "chosen: data.crop_pct, seed")
 
 
 def test_evaluation_without_a_run(refused, tmp_path):

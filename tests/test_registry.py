@@ -133,3 +133,19 @@ def test_unknown_option_is_refused(key):
 def test_overrides_reach_the_model():
     model = create_model("halonet_h0", num_classes=7, block_size=4, border="mask")
     assert (model.num_classes, model.block_size, model.border) == (7, 4, "mask")
+
+
+def test_crops_are_those_of_the_published_accuracies():
+    """Of timm's results/results-imagenet.csv (and byoanet.py for H1) and of MindCV's yaml."""
+    crops = {
+        name: (variant.crop_pct, variant.interpolation)
+        for name, variant in VARIANTS.items()
+        if variant.origin in ("timm", "mindcv")
+    }
+    wider = ("halonet26t", "halo2botnet50ts_256", "lamhalobotnet50ts_256", "timm_halonet_h1")
+    narrower = ("halonet50ts", "sehalonet33ts", "eca_halonext26ts", "haloregnetz_b")
+    assert crops == {
+        **dict.fromkeys(wider, (0.95, "bicubic")),
+        **dict.fromkeys(narrower, (0.94, "bicubic")),
+        "halonet_50t": (0.95, "bilinear"),
+    }

@@ -109,10 +109,12 @@ def test_evaluation_of_a_checkpoint_equals_that_of_the_run(workdir, tmp_path, ca
     printed = capsys.readouterr().out
     assert re.search(r"step 30 \(ema weights\) on mnist5k/test: top-1 [\d.]+ % \(95 %", printed)
 
-    elsewhere = evaluate.evaluate_checkpoint(
-        CONFIG, tmp_path / "new", step="latest", checkpoint=str(workdir), weights="raw"
-    )
+    smaller = small_config(**{"data.crop_pct": 0.5, "data.interpolation": "bicubic"})
+    chosen = {"step": "latest", "checkpoint": str(workdir), "weights": "raw"}
+    chosen["chosen"] = ("data.interpolation", "seed")
+    elsewhere = evaluate.evaluate_checkpoint(smaller, tmp_path / "new", **chosen)
     assert elsewhere["weights"] == "raw"
+    assert (elsewhere["crop_pct"], elsewhere["interpolation"]) == (1.0, "bicubic")
     assert json.loads((tmp_path / "new" / "evaluation.json").read_text()) == elsewhere
 
 

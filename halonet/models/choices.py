@@ -100,7 +100,7 @@ CHOICES: dict[str, tuple[tuple[str, str, str], ...]] = {
         (
             "[V]",
             "top-1",
-            "of crops of 94 or 95 %, timm's bicubic; here of the short side, bilinear",
+            "of crops of 94 or 95 %, timm's bicubic; so converted weights are scored",
         ),
     ),
     "their attention": (

@@ -84,7 +84,10 @@ def convert(kind: str, file: str, *, model: str, out: str, classes: str = "") ->
     # What load_run reads; all other keys of a configuration are of training.
     config = {
         "model": {"name": model},
-        "data": {"image_size": variant.image_size, "mean": variant.mean, "std": variant.std},
+        "data": {
+            key: getattr(variant, key)
+            for key in ("image_size", "crop_pct", "interpolation", "mean", "std")
+        },
         "train": {"ema_decay": 0.0},
         "converted_from": source,
     }

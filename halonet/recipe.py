@@ -1,0 +1,88 @@
+"""What a configuration trains by: its schedule, its optimizer and its step."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+from ml_collections import ConfigDict
+
+from halonet import optim, sharding, steps
+from halonet.models import HaloNet
+
+
+def schedule(config: ConfigDict, total: int) -> Callable:
+    """The learning rate of each step, under the linear rule where the configuration asks for it."""
+    rule = {"batch_size": config.data.batch_size, "base_batch": config.optim.base_batch}
+    return optim.warmup_cosine(
+        peak=optim.scaled(config.optim.learning_rate, **rule),
+        total_steps=total,
+        warmup=config.optim.warmup,
+        floor=optim.scaled(config.optim.floor, **rule),
+    )
+
+
+def optimizer(config: ConfigDict, schedule: Callable) -> optax.GradientTransformation:
+    """The optimizer of a configuration, which the learning rate of each step drives."""
+    return optim.make_optimizer(
+        config.optim.name,
+        learning_rate=schedule,
+        momentum=config.optim.momentum,
+        weight_decay=config.optim.weight_decay,
+        clip_norm=config.optim.clip_norm,
+        decay_tables=config.optim.decay_tables,
+    )
+
+
+def train_step(
+    config: ConfigDict,
+    model: HaloNet,
+    tx: optax.GradientTransformation,
+    schedule: Callable,
+    mesh: jax.sharding.Mesh,
+) -> Callable:
+    """The step, uncompiled: (state, batch) -> (state, metrics)."""
+    return functools.partial(
+        sharding.seeing(mesh, steps.train_step),
+        apply_fn=model.apply,
+        tx=tx,
+        learning_rate=schedule,
+        mean=tuple(config.data.mean),
+        std=tuple(config.data.std),
+        label_smoothing=config.train.label_smoothing,
+        ema_decay=config.train.ema_decay,
+        loss=_loss(config),
+        mixing=_mixing(config),
+        seed=config.seed,
+        accumulate=config.train.accumulate,
+        shares=mesh.size,
+    )
+
+
+def abstract_batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """The shapes of a global training batch, as the pipeline makes it."""
+    n, size = config.data.batch_size, config.data.image_size
+    shape = functools.partial(jax.ShapeDtypeStruct, sharding=sharding.batch_sharding(mesh))
+    batch = {"image": shape((n, size, size, 3), "uint8"), "label": shape((n,), "int32")}
+    return batch | ({"damaged": shape((n,), "int32")} if config.data.damaged == "skip" else {})
+
+
+def _loss(config: ConfigDict) -> Callable:
+    if config.train.loss == "cross_entropy":
+        return steps.cross_entropy
+    threshold = config.train.target_threshold
+    return functools.partial(steps.binary_cross_entropy, threshold=threshold)
+
+
+def _mixing(config: ConfigDict) -> steps.Mixing | None:
+    if not config.augment.mixup and not config.augment.cutmix:
+        return None
+    return steps.Mixing(
+        mixup=config.augment.mixup,
+        cutmix=config.augment.cutmix,
+        cutmix_probability=config.augment.cutmix_probability,
+        group=config.model.bn_group,
+    )
