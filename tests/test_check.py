@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from halonet.data import check, sources
-from halonet.data.errors import DamagedImageError, DataError
+from halonet.data.errors import DamagedImageError, DamagedShardError, DataError
 from halonet.data.views import CenterView
 from tests.test_sources import prepare
 
@@ -61,8 +61,9 @@ def test_a_damaged_shard_is_found(tmp_path):
             refused.append(str(error))
     assert found
     assert refused
-    for line in found:
-        assert line.startswith(
+    for error in found:
+        assert isinstance(error, DamagedShardError)
+        assert str(error).startswith(
             "example 9 of split 'train' of data set 'toy' (toy-train.array_record-00000-of-00001) "
             "cannot be read: "
         )

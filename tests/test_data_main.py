@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from halonet.data import check
+from halonet.data import prepare as prepare_module
 from halonet.data.__main__ import main
 from tests.test_sources import encoded, prepare
 
@@ -62,6 +63,8 @@ def test_a_data_set_that_is_ready(ran, data_dir, tmp_path):
         f"data    toy in {data_dir}/toy/1.0.0, array_record: 3 classes (ant, bee, cat)",
         "split   train: 10 examples",
         "split   val: 3 examples",
+        "shards  train: 1, both ends of each can be read",
+        "shards  val: 1, both ends of each can be read",
         f"sheet   {sheet}: 10 images",
     ]
     assert rate.startswith("input   213 images/s with data.workers=2 and data.threads=3 on ")
@@ -130,9 +133,12 @@ def test_what_is_not_prepared_is_mended_by_a_command(ran, tmp_path):
 
 def test_a_name_that_nobody_knows(ran, tmp_path):
     code, out, err = ran(*toy(tmp_path, **{"data.name": "imagenett"}))
-    assert (code, out) == (3, [])
-    assert err[0].startswith(f"error: data set 'imagenett' not found under {tmp_path}")
-    assert err[1].endswith("has no data set 'imagenett'; did you mean 'imagenette'?")
+    assert code == 3
+    (line,) = err
+    assert line.startswith(f"error: data set 'imagenett' not found under {tmp_path}")
+    (line,) = out
+    assert line.startswith("mend    TensorFlow Datasets ")
+    assert line.endswith(" has no data set 'imagenett'; did you mean 'imagenette'?")
 
 
 def test_each_fault_is_a_line(ran, tmp_path, data_dir):
@@ -172,6 +178,51 @@ def test_each_fault_is_a_line(ran, tmp_path, data_dir):
     code, out, err = ran(*toy(tmp_path))
     assert code == 3
     assert "(toy-val.array_record-00000-of-00001) cannot be read: " in err[0]
+
+
+def test_damaged_shards_are_mended_by_preparing_again(ran, tmp_path):
+    folder = prepare(tmp_path, "imagenet2012")
+    settings = {"data.name": "imagenet2012", "data.train_split": "val"}
+    shard = next(folder.glob("*-val*"))
+    whole = shard.read_bytes()
+    for content, message in (
+        (whole[:50_000], "cannot be read: "),
+        (b"", " lacks 1 of the 1 shards"),
+    ):
+        shard.write_bytes(content)
+        if not content:
+            shard.unlink()
+        code, out, err = ran(*toy(tmp_path, **settings))
+        (line,) = err
+        assert message in line
+        assert code == 3
+        assert out[-1] == (
+            f"mend    remove {folder}, then python -m halonet.data prepare imagenet2012 "
+            f"--manual_dir=DIR --data_dir={tmp_path}"
+        )
+
+
+def test_many_faults_are_a_few_lines(ran, tmp_path):
+    (tmp_path / "train" / "ant").mkdir(parents=True)
+    for i in range(20):
+        (tmp_path / "train" / "ant" / f"{i:02}.png").write_bytes(b"no picture")
+    splits = {"data.train_split": "train", "data.eval_split": "train"}
+    settings = {"data.name": "folder", "data.data_dir": tmp_path, **splits}
+    code, _, err = ran(*config("default", **settings))
+    assert (code, len(err)) == (3, 6)
+    assert err[0].startswith(f"error: {tmp_path}/train/ant/00.png is not a readable image: ")
+    assert err[-1] == "error: and 15 more like these"
+
+
+def test_an_interruption_is_a_line(ran, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare_module, "prepare", interrupted)
+    assert ran("prepare", "toy", "--manual_dir=.") == (
+        *(130, []),
+        ["interrupted; the same command starts again"],
+    )
 
 
 @pytest.mark.parametrize("command", ["prepare", "check"])

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import numpy as np
@@ -21,10 +21,16 @@ from ml_collections import ConfigDict, config_flags
 from halonet import plots
 from halonet.config import ConfigError, center_view, check_values, parse_flags, random_view
 from halonet.data import check, prepare, sources
-from halonet.data.errors import DamagedImageError, DataError, NotPreparedError
+from halonet.data.errors import (
+    DamagedImageError,
+    DamagedShardError,
+    DataError,
+    NotPreparedError,
+)
 
 _SHEET = 16  # images on it
 _SAMPLE = 64  # images decoded of each split
+_LISTED = 5  # faults of one kind
 _RATE_BATCH = 32  # images: batches large enough for their overhead, small enough to count by
 
 
@@ -94,63 +100,54 @@ def _check(argv: list[str]) -> int:
     if values.sheet and not values.sheet.endswith(".png"):
         raise ConfigError(f"--sheet={values.sheet} does not end in .png")
     check_values(values.config)
-    if _look(values.config, values):
+    faults = _look(values.config, values)
+    if any(isinstance(error, NotPreparedError) for error in faults):
+        _say_how_to_prepare(values.config.data, values.manual_dir)
+    elif any(isinstance(error, DamagedShardError) for error in faults):
+        data = values.config.data
+        folder, _ = sources.open_prepared(data.name, data_dir=data.data_dir)
+        _say_how_to_prepare(data, values.manual_dir, first=f"remove {folder}, then ")
+    if faults:
         return DataError.exit_code
     print("ready")
     return 0
 
 
-def _look(config: ConfigDict, values: flags.FlagValues) -> set[str]:
+def _look(config: ConfigDict, values: flags.FlagValues) -> list[DataError]:
     """Prints what is found, line by line; returns the faults."""
-    data = config.data
-    skips = data.damaged == "skip"
-    opened, faults = {}, set()
+    faults = []
 
-    def fault(line: str) -> None:
-        if line not in faults:
-            print(f"error: {line}", file=sys.stderr)
-        faults.add(line)
+    def fault(*errors: DataError) -> None:
+        known = {str(error) for error in faults}  # of both splits, where they are the same
+        errors = [error for error in errors if str(error) not in known]
+        faults.extend(errors)
+        for error in errors[:_LISTED]:
+            print(f"error: {error}", file=sys.stderr)
+        if errors[_LISTED:]:
+            print(f"error: and {len(errors) - _LISTED} more like these", file=sys.stderr)
 
-    for use, split in (("train", data.train_split), ("eval", data.eval_split)):
-        try:
-            opened[use] = sources.open_source(
-                data.name, split, data_dir=data.data_dir, image_size=data.image_size
-            )
-        except NotPreparedError as error:
-            fault(str(error))
-            try:
-                _say_how_to_prepare(data.name, data.data_dir, values.manual_dir)
-            except DataError as unknown:
-                fault(str(unknown))
-            return faults
-        except DataError as error:
-            fault(str(error))
-        except ValueError as error:
-            raise ConfigError(f"config.data: {error}") from error
+    opened = _open(config.data, fault)
     if not opened:
         return faults
-
     first = next(iter(opened.values()))
     _say("data", check.describe(first))
-    examples = [check.examples(source) for source in opened.values()]
-    for split, count in {
-        key: count for splits in examples for key, count in splits.items()
-    }.items():
+    for split, count in check.examples(*opened.values()).items():
         _say("split", f"{split}: {count:,} examples")
     _say("warning", *check.unusual_counts(first))
     random, rng = random_view(config), np.random.default_rng(config.seed)
     views = {"train": lambda image: random(image, rng), "eval": center_view(config)}
     for use, source in opened.items():
+        damaged = check.read_shards(source)
+        fault(*damaged)
+        if damaged:  # of which a sample would only say the same
+            continue
+        if isinstance(source, sources.TfdsImages):
+            _say("shards", f"{source.split}: {len(source.shards)}, both ends of each can be read")
         *_, damaged = check.decode_sample(source, (views[use],), _SAMPLE)
-        for error in damaged:
-            # What training would pass over is no fault of the data.
-            passed = use == "train" and isinstance(error, DamagedImageError) and skips
-            if passed:
-                _say("warning", str(error))
-            else:
-                fault(str(error))
-        for line in check.read_shards(source):
-            fault(line)
+        if use == "train" and config.data.damaged == "skip":  # a run would pass over them
+            _say("warning", *(str(e) for e in damaged if isinstance(e, DamagedImageError)))
+            damaged = [error for error in damaged if not isinstance(error, DamagedImageError)]
+        fault(*damaged)
     if values.sheet:
         squares, names, _ = check.decode_sample(first, tuple(views.values()), _SHEET)
         if names:
@@ -164,14 +161,36 @@ def _look(config: ConfigDict, values: flags.FlagValues) -> set[str]:
     return faults
 
 
-def _say_how_to_prepare(name: str, data_dir: str, manual_dir: str) -> None:
-    instructions = prepare.manual_instructions(name)
+def _open(data: ConfigDict, fault: Callable[..., None]) -> dict[str, sources.Source]:
+    """The splits for training and evaluation, as far as they can be opened."""
+    opened = {}
+    for use, split in (("train", data.train_split), ("eval", data.eval_split)):
+        try:
+            opened[use] = sources.open_source(
+                data.name, split, data_dir=data.data_dir, image_size=data.image_size
+            )
+        except NotPreparedError as error:  # no split is
+            fault(error)
+            break
+        except DataError as error:
+            fault(error)
+        except ValueError as error:
+            raise ConfigError(f"config.data: {error}") from error
+    return opened
+
+
+def _say_how_to_prepare(data: ConfigDict, manual_dir: str, first: str = "") -> None:
+    try:
+        instructions = prepare.manual_instructions(data.name)
+    except DataError as error:  # somebody's own, or mistyped
+        _say("mend", str(error))
+        return
     if manual_dir:
         _say("archive", *check.archives(instructions, manual_dir))
     _say(
         "mend",
-        f"python -m halonet.data prepare {name} --manual_dir={manual_dir or 'DIR'} "
-        f"--data_dir={sources.data_root(data_dir)}",
+        f"{first}python -m halonet.data prepare {data.name} --manual_dir={manual_dir or 'DIR'} "
+        f"--data_dir={sources.data_root(data.data_dir)}",
     )
 
 

@@ -63,10 +63,12 @@ def describe(source: Source) -> str:
     return f"{source.name}{tfds}: {len(source.classes):,} classes ({classes})"
 
 
-def examples(source: Source) -> dict[str, int]:
-    """The number of examples of the split of a source, and of all others that TFDS knows."""
-    others = source.splits if isinstance(source, TfdsImages) else {}
-    return {**others, source.split: len(source)}
+def examples(*opened: Source) -> dict[str, int]:
+    """The number of examples of the splits of sources, and of all others that TFDS knows."""
+    counts = {}
+    for source in opened:
+        counts |= source.splits if isinstance(source, TfdsImages) else {}
+    return counts | {source.split: len(source) for source in opened}
 
 
 def unusual_counts(source: Source) -> list[str]:
@@ -82,8 +84,8 @@ def unusual_counts(source: Source) -> list[str]:
     ]
 
 
-def read_shards(source: Source) -> list[str]:
-    """Reads the first and the last example of each shard; a line for each that is damaged."""
+def read_shards(source: Source) -> list[DataError]:
+    """Reads the first and the last example of each shard; an error for each that is damaged."""
     if not isinstance(source, TfdsImages):
         return []
     damaged = {}
@@ -94,7 +96,7 @@ def read_shards(source: Source) -> list[str]:
             try:
                 source[index]
             except DataError as error:
-                damaged.setdefault(shard, str(error))
+                damaged.setdefault(shard, error)
     return list(damaged.values())
 
 

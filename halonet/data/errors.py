@@ -14,5 +14,9 @@ class NotPreparedError(DataError):
     """A data set of TFDS that is not there, or only half."""
 
 
+class DamagedShardError(DataError):
+    """A file of a prepared data set of TFDS is missing or cannot be read."""
+
+
 class DamagedImageError(DataError):
     """The bytes of one example are no image that can be read; the message names it."""

@@ -20,7 +20,7 @@ import typing
 import numpy as np
 from etils import epath
 
-from halonet.data.errors import DataError, NotPreparedError
+from halonet.data.errors import DamagedShardError, DataError, NotPreparedError
 from halonet.data.folder import FolderImages
 
 _DIGIT_SIDE = 28
@@ -272,9 +272,11 @@ class TfdsImages(_Numbered):
         try:
             record = self._records[index]
         except (OSError, ValueError, RuntimeError) as error:
-            raise DataError(f"{self.where(index)} cannot be read: {_line(error)}") from error
+            raise DamagedShardError(
+                f"{self.where(index)} cannot be read: {_line(error)}"
+            ) from error
         if record["image"] is None or record["label"] is None:  # what a shard cut short gives
-            raise DataError(
+            raise DamagedShardError(
                 f"{self.where(index)} cannot be read: its record is empty, the shard is damaged"
             )
         return record
@@ -335,7 +337,7 @@ def check_shards(
     shards = tuple(pathlib.PurePath(part.filename).name for part in parts)
     gone = sorted(set(shards) - {path.name for path in folder.iterdir()})
     if gone:
-        raise DataError(
+        raise DamagedShardError(
             f"data set {name!r} in {folder} lacks {len(gone)} of the {len(set(shards))} shards of "
             f"split {split!r}: {listed(gone, most=2)}"
         )
