@@ -80,8 +80,9 @@ def manual_instructions(name: str) -> str | None:
 
 
 def _builder_class(name: str) -> Any:
-    # TensorFlow writes half a page of greetings when it is imported.
+    # TensorFlow writes half a page of greetings when it is imported, most of it on oneDNN.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     import tensorflow_datasets as tfds
 
     base = re.match(r"\w*", name)[0]
