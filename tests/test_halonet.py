@@ -244,11 +244,11 @@ def test_remat_saves_memory_on_a_tpu():
 
 
 def test_stochastic_depth_leaves_branches_of_examples_out():
-    """More of them the deeper the block; what is kept is scaled up."""
+    """More of them the deeper the block; what is kept is scaled up, so that its mean stays."""
     model = create_model("halonet_tiny", num_classes=4, drop_path=0.6, depths=(1, 2), bn_group=0)
     variables = random_variables(model, 16)
     images = jax.random.normal(jax.random.key(1), (256, 16, 16, 3))
-    kept = {"drop_path", "bn3"}
+    kept = {"drop_path", "bn3", "stage2_block1", "stage2_block2"}
     run = jax.jit(
         functools.partial(
             model.apply,
@@ -267,6 +267,10 @@ def test_stochastic_depth_leaves_branches_of_examples_out():
         assert abs(left_out.mean() - rate) < 3 * np.sqrt(rate * (1 - rate) / 256)
         right = np.where(left_out[:, None, None, None], 0, before / (1 - rate))
         np.testing.assert_allclose(after, right, rtol=1e-5, atol=1e-6)
+    # Without its branch a block is its shortcut, here its input, which an activation made.
+    before, after = (found[name]["__call__"][0] for name in ("stage2_block1", "stage2_block2"))
+    np.testing.assert_array_equal(after[left_out], before[left_out])
+    assert not np.array_equal(after[~left_out], before[~left_out])
 
 
 def test_dropout_of_the_pooled_channels():
