@@ -32,6 +32,7 @@ def get_config() -> ConfigDict:
     config.model.pad_to_blocks = False  # images of any size: each map padded to whole blocks
 
     config.init = ConfigDict()
+    config.init.scheme = "own"  # of what starts fresh: the models' own, or mindcv
     config.init.weights = ""  # a run's folder, or one of its checkpoints, to start from; "": none
     config.init.skip = ""  # what of them is left out and starts fresh: head, or head,stage4_block3
 

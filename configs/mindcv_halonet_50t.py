@@ -15,8 +15,6 @@ source of the same time; "ours" is what neither says. yaml's color_jitter of 0.4
 there, since RandAugment takes its place, and changes nothing here. What is not as MindCV's:
 
 - bfloat16 here, float16 with a loss scale of 1024 there (yaml, amp_level O3).
-- MindCV initialises convolutions by HeUniform, tables by 0.02 and no scale by zero (code); we as
-  in our other models.
 - MixUp draws one share for the batch here, one for each device's 64 images there (code).
 - RandAugment in MindCV's own operations has no SolarizeAdd, which here is one of 15 (code).
 - The aspect of what is erased is uniform in MindSpore and log-uniform here.
@@ -32,6 +30,8 @@ def get_config():
     config.model.name = "halonet_50t"  # yaml
     config.model.dtype = "bfloat16"  # ours
     config.model.bn_group = 64  # yaml: batch_size of each device, which normalises alone (code)
+
+    config.init.scheme = "mindcv"  # code: HeUniform, and no branch starts at zero
 
     config.data.name = "imagenet2012"  # yaml
     config.data.train_split = "train"  # yaml

@@ -24,7 +24,7 @@ from halonet.data import augment, workers
 from halonet.data.randaugment import INTERPOLATIONS, RandAugment
 from halonet.data.views import CenterView, RandomView
 from halonet.metrics import write_whole
-from halonet.models import HaloNet, create_model
+from halonet.models import SCHEMES, HaloNet, create_model
 
 # What may change between the starts of one run: none of it changes what is computed.
 MAY_CHANGE = (
@@ -46,6 +46,7 @@ AS_NAMED = {
 # What keys that came later mean where a saved configuration lacks them.
 ADDED = {
     **{f"model.{key}": value for key, value in AS_NAMED.items()},
+    "init.scheme": "own",
     **dict.fromkeys(("init.weights", "init.skip"), ""),
     "data.crop_pct": 1.0,
     "data.interpolation": "bilinear",
@@ -232,6 +233,7 @@ def check_values(config: ConfigDict) -> None:
     if min(flat["data.std"]) <= 0:
         raise ConfigError(f"config.data.std={flat['data.std']} must be above 0")
     choices = {
+        "init.scheme": SCHEMES,
         "optim.name": optim.OPTIMIZERS,
         "model.dtype": ("float32", "bfloat16"),
         "train.loss": ("cross_entropy", "binary"),

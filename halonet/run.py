@@ -165,7 +165,10 @@ def initial_variables(
                 f"config.init.skip={config.init.skip!r}: {config.model.name} has no part {part!r}; "
                 f"it has {', '.join(state.params)}"
             )
-    run = load_run(where, sharding=state.step.sharding)
+    try:
+        run = load_run(where, sharding=state.step.sharding)
+    except ConfigError as error:
+        raise ConfigError(f"config.init.weights={error}") from error
     if run.config.model.name != config.model.name:
         raise ConfigError(
             f"config.init.weights={where} is of {run.config.model.name}, and config.model.name is "

@@ -32,7 +32,7 @@ from halonet.checkpoint import (
 from halonet.data import device, pipeline
 from halonet.data.damage import DamageCount
 from halonet.data.errors import DataError
-from halonet.models import HaloNet, cost
+from halonet.models import HaloNet, cost, init_function
 
 # Steps given to the devices ahead of the one whose result was last seen: enough to keep them busy,
 # few enough that the batches waiting there stay small.
@@ -90,7 +90,7 @@ def train_and_evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str,
     tx = recipe.optimizer(config, schedule)
     init = functools.partial(
         sharding.seeing(mesh, steps.init_state),
-        init_fn=model.init,
+        init_fn=init_function(model, config.init.scheme),
         tx=tx,
         image_size=config.data.image_size,
         ema=config.train.ema_decay > 0,

@@ -152,6 +152,10 @@ def test_zero_is_allowed(config, key):
             "config.optim.name='adam' is not one of adamw, sgd, lamb, rmsprop",
         ),
         (
+            {"init.scheme": "timm"},
+            "config.init.scheme='timm' is not one of own, mindcv",
+        ),
+        (
             {"model.dtype": "float16"},
             "config.model.dtype='float16' is not one of float32, bfloat16",
         ),

@@ -177,7 +177,10 @@ def test_one_error_lists_all_that_does_not_fit(weights):
             "config.init.weights={}: positions='contiguous' cannot take tables of "
             "positions='exact'",
         ),
-        ({"init.weights": "nowhere"}, "nowhere holds no run: there is no config.json in it"),
+        (
+            {"init.weights": "nowhere"},
+            "config.init.weights=nowhere holds no run: there is no config.json in it",
+        ),
     ],
 )
 def test_what_cannot_be_started_from(weights, overrides, message):
@@ -188,7 +191,7 @@ def test_what_cannot_be_started_from(weights, overrides, message):
 
 
 def test_refused_weights_leave_the_workdir_to_the_next_attempt(tmp_path):
-    with pytest.raises(config.ConfigError, match="nowhere holds no run"):
+    with pytest.raises(config.ConfigError, match="^config.init.weights=nowhere holds no run"):
         train.train_and_evaluate(small_config(**{"init.weights": "nowhere"}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

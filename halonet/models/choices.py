@@ -86,7 +86,7 @@ CHOICES: dict[str, tuple[tuple[str, str, str], ...]] = {
     ),
     "mindcv": (
         ("[V]", "everything", "layer by layer as in MindCV's own code, zeros in the max-pool too"),
-        ("ours", "start", "initialised from scratch as our other models, not as MindCV's"),
+        ("ours", "start", "from scratch as our other models; as MindCV's by init_function"),
         ("[C]", "parameters", "published with the 0.05 M running statistics of batch norm"),
         ("[V]", "windows", "(channel, row, column), as that code reads what nn.Unfold returns"),
         ("[V]", "windows", "MindSpore's own nn.Unfold orders them (row, column, channel)"),
