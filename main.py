@@ -19,6 +19,7 @@ flags.DEFINE_enum("mode", "train", ["train", "evaluate"], "what to do")
 flags.DEFINE_string("evaluate.step", "best", "best, latest or a number")
 flags.DEFINE_string("evaluate.checkpoint", "", "a run's folder or checkpoint besides the workdir's")
 flags.DEFINE_enum("evaluate.weights", "", ["", "ema", "raw"], "empty: averaged where kept")
+flags.DEFINE_list("evaluate.suites", [], "real, v2: ImageNet's, scored beside the split")
 flags.DEFINE_string("distributed.coordinator", "", "host:port of process 0; empty: detected")
 flags.DEFINE_integer("distributed.process_id", -1, "of this process, with a coordinator")
 flags.DEFINE_integer("distributed.process_count", 0, "of the run, with a coordinator")
@@ -52,6 +53,7 @@ def main(argv: list[str]) -> None:
                 checkpoint=FLAGS["evaluate.checkpoint"].value,
                 weights=FLAGS["evaluate.weights"].value,
                 chosen=config_flags.get_override_values(FLAGS["config"]),
+                suites=FLAGS["evaluate.suites"].value,
             )
     except Exception as error:
         code = getattr(error, "exit_code", None)

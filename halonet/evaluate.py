@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from halonet import plots, sharding, steps
+from halonet import plots, runtime, sharding, steps
 from halonet.config import (
     ConfigError,
     center_view,
@@ -27,9 +27,17 @@ from halonet.data import device, pipeline, sources
 from halonet.models import HaloNet
 from halonet.run import load_run
 
+# More sets with ImageNet's classes: name and split in TFDS. ReaL is the validation split with all
+# the labels that people found right (Beyer et al., 2020, arXiv 2006.07159): any of them is a hit,
+# and images without one do not count. V2 is a second test set (Recht et al., 2019, 1902.10811).
+SUITES = {
+    "real": ("imagenet2012_real", "validation"),
+    "v2": ("imagenet_v2/matched-frequency", "test"),
+}
 
-def open_split(config: ConfigDict, split: str) -> sources.Source:
-    """A split of the data set that a configuration names.
+
+def open_split(config: ConfigDict, split: str, name: str = "") -> sources.Source:
+    """A split of the data set that a configuration names, or of another in the same folder.
 
     Raises:
       DataError: where the data is not there.
@@ -37,7 +45,7 @@ def open_split(config: ConfigDict, split: str) -> sources.Source:
     """
     try:
         return sources.open_source(
-            config.data.name,
+            name or config.data.name,
             split,
             data_dir=config.data.data_dir,
             image_size=config.data.image_size,
@@ -64,6 +72,15 @@ def make_eval_step(model: HaloNet, config: ConfigDict, mesh: jax.sharding.Mesh) 
     """The compiled step: (variables, batch) -> sums over the batch."""
     step = sharding.seeing(mesh, steps.eval_step)
     return jax.jit(functools.partial(step, **_apply_and_scale(model, config)))
+
+
+def make_suite_step(model: HaloNet, config: ConfigDict, mesh: jax.sharding.Mesh) -> Callable:
+    """The compiled step: (variables, batch) -> the sums of `steps.suite_step`, on every device."""
+    step = sharding.seeing(mesh, steps.suite_step)
+    return jax.jit(
+        functools.partial(step, **_apply_and_scale(model, config)),
+        out_shardings=sharding.replicated(mesh),
+    )
 
 
 def make_predict_step(model: HaloNet, config: ConfigDict, mesh: jax.sharding.Mesh) -> Callable:
@@ -102,22 +119,28 @@ def evaluate(eval_step: Callable, variables: dict[str, Any], batches: Iterable) 
     Returns:
       "loss" (nats), "top1" and "top5" (fractions), and "count", the examples scored.
     """
-    total: dict[str, float] = {}
+    total = {name: float(value) for name, value in add_up(eval_step, variables, batches).items()}
+    count = total.pop("count")
+    return {**{name: value / count for name, value in total.items()}, "count": count}
+
+
+def add_up(step: Callable, variables: dict[str, Any], batches: Iterable) -> dict[str, Any]:
+    """What a step gives for each batch, added up in float64: whole numbers stay exact."""
+    total: dict[str, Any] = {}
     previous = None
 
     def add(sums: dict[str, jax.Array]) -> None:
         for name, value in jax.device_get(sums).items():
-            total[name] = total.get(name, 0.0) + float(value)
+            total[name] = total.get(name, 0.0) + np.asarray(value, np.float64)
 
     for batch in batches:
-        sums = eval_step(variables, batch)
+        sums = step(variables, batch)
         # One batch late: the device always has the next one to work on.
         if previous is not None:
             add(previous)
         previous = sums
     add(previous)
-    count = total.pop("count")
-    return {**{name: value / count for name, value in total.items()}, "count": count}
+    return total
 
 
 def draw_predictions(
@@ -156,6 +179,46 @@ def wilson_interval(fraction: float, count: float, z: float = 1.96) -> tuple[flo
     return (centre - spread) / scale, (centre + spread) / scale
 
 
+def score(sums: Mapping[str, Any], classes: Sequence[str]) -> dict[str, Any]:
+    """What the sums of `steps.suite_step` over a split say, ready for JSON.
+
+    Returns:
+      "count"; "top1", "top5" (fractions) and "top1_interval_95"; "calibration_error", the expected
+      one: the mean over the examples of how far the accuracy of their bin of confidence is from its
+      mean confidence; "calibration" with the bins' "count", "top1" and "confidence" (0 of an empty
+      bin); and unless labels are sets, "loss" (nats) and "classes": {name: {"hits", "count"}}.
+
+    Source of the calibration error: Guo et al., 2017, arXiv 1706.04599, equation 3.
+    """
+    count = int(sums["count"])
+    if count == 0:
+        raise sources.DataError("no example has a label, so that there is nothing to score")
+    counts = sums["bin_count"]
+    accuracy, confidence = (
+        np.divide(sums[name], counts, out=np.zeros_like(counts), where=counts > 0)
+        for name in ("bin_top1", "bin_confidence")
+    )
+    top1 = float(sums["top1"]) / count
+    scores = {
+        "count": count,
+        "top1": top1,
+        "top1_interval_95": list(wilson_interval(top1, count)),
+        "top5": float(sums["top5"]) / count,
+        "calibration_error": float(counts @ np.abs(accuracy - confidence)) / count,
+        "calibration": {
+            "count": counts.astype(int).tolist(),
+            "top1": accuracy.tolist(),
+            "confidence": confidence.tolist(),
+        },
+    }
+    if "loss" in sums:
+        pairs = zip(sums["class_top1"].tolist(), sums["class_count"].tolist(), strict=True)
+        each = [{"hits": int(hits), "count": int(total)} for hits, total in pairs]
+        scores["loss"] = float(sums["loss"]) / count
+        scores["classes"] = dict(zip(classes, each, strict=True))
+    return scores
+
+
 def evaluate_checkpoint(
     config: ConfigDict,
     workdir: epath.PathLike,
@@ -164,10 +227,11 @@ def evaluate_checkpoint(
     checkpoint: str = "",
     weights: str = "",
     chosen: Collection[str] = (),
+    suites: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """`--mode=evaluate`: scores a checkpoint on the evaluation split of `config`.
+    """`--mode=evaluate`: scores a checkpoint on the evaluation split of `config`, and on others.
 
-    Prints the result and writes it into `workdir` as evaluation.json.
+    Prints the result, writes it into `workdir` as evaluation.json, and draws reliability.png.
 
     Args:
       config: names the data. The model is that of the checkpoint, but for what `config.model` sets
@@ -178,11 +242,19 @@ def evaluate_checkpoint(
       checkpoint: another run's folder, or one of its checkpoints, instead of `workdir`'s.
       weights: "ema", "raw", or "" for the averages where they were kept.
       chosen: keys of `config` that count all the same, such as "data.crop_pct".
+      suites: names of `SUITES`, scored as well, under "suites" in the result.
     """
     check_values(config)
+    for name in suites:
+        if name not in SUITES:
+            raise ConfigError(f"--evaluate.suites: {name!r} is not one of {', '.join(SUITES)}")
     mesh = make_mesh(config)
     check_devices("eval.batch_size", config.eval.batch_size)
-    source = open_split(config, config.data.eval_split)
+    # All are opened before any is scored: what is missing is known at once.
+    found = {"": open_split(config, config.data.eval_split)}
+    found |= {
+        name: open_split(config, split=SUITES[name][1], name=SUITES[name][0]) for name in suites
+    }
     where = epath.Path(checkpoint or workdir)
     try:
         on = sharding.replicated(mesh)
@@ -191,39 +263,66 @@ def evaluate_checkpoint(
         if hasattr(error, "exit_code"):
             raise
         raise ConfigError(f"--mode=evaluate: {error}") from error
-    if len(run.classes) != len(source.classes):
-        raise sources.DataError(
-            f"{where} has {len(run.classes)} classes and config.data.name={config.data.name} has "
-            f"{len(source.classes)}; evaluate it on the data it was trained for"
-        )
+    for name, source in found.items():
+        if len(run.classes) != len(source.classes):
+            data = f"--evaluate.suites={name}" if name else f"config.data.name={config.data.name}"
+            raise sources.DataError(
+                f"{where} has {len(run.classes)} classes and {data} has {len(source.classes)}; "
+                "evaluate it on the data it was trained for"
+            )
     check_image_size(run.model, config.data.image_size)
     # Seen and normalised as by the run, whatever data it is scored on.
     config = with_view_of(config, run.config, chosen)
-    eval_step = make_eval_step(run.model, run.config, mesh)
-    scores = evaluate(eval_step, run.variables, eval_batches(config, source, mesh))
-    low, high = wilson_interval(scores["top1"], scores["count"])
+    suite_step = make_suite_step(run.model, run.config, mesh)
     result = {
         "checkpoint": str(run.workdir),
         "step": run.step,
         "weights": run.weights,
-        "data": f"{config.data.name}/{config.data.eval_split}",
+        "code": runtime.code_version(),
+        "versions": runtime.versions(),
+        "devices": f"{mesh.size} {mesh.devices.flat[0].device_kind}",
+        "config": run.config.to_dict(),
         "image_size": config.data.image_size,
         "crop_pct": config.data.crop_pct,
         "interpolation": config.data.interpolation,
-        "count": int(scores["count"]),
-        "top1": scores["top1"],
-        "top1_interval_95": [low, high],
-        "top5": scores["top5"],
-        "loss": scores["loss"],
+        "model": model_overrides(config),
+        "suites": {},
     }
+    for name, source in found.items():
+        sums = add_up(suite_step, run.variables, eval_batches(config, source, mesh))
+        scores = {
+            "data": f"{source.name}/{source.split}",
+            "fingerprint": source.fingerprint,
+            **score(sums, run.classes),
+        }
+        result |= scores if not name else {"suites": {**result["suites"], name: scores}}
+        if jax.process_index() == 0:
+            print(f"{run.workdir} step {run.step} ({run.weights} weights) on {_said(scores)}")
     if jax.process_index() == 0:
         path = epath.Path(workdir) / "evaluation.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=2) + "\n")
-        print(
-            f"{run.workdir} step {run.step} ({run.weights} weights) on {result['data']}: "
-            f"top-1 {100 * result['top1']:.2f} % (95 % interval {100 * low:.2f} to "
-            f"{100 * high:.2f}), top-5 {100 * result['top5']:.2f} %, "
-            f"{result['count']} examples\nwritten to {path}"
-        )
+        picture = path.with_name("reliability.png")
+        scored = [result, *result["suites"].values()]
+        plots.reliability({it["data"]: it["calibration"] for it in scored}, picture)
+        print(f"written to {path} and {picture}")
     return result
+
+
+def _said(scores: dict[str, Any], worst: int = 5) -> str:
+    """The scores in a line or two."""
+    low, high = scores["top1_interval_95"]
+    text = (
+        f"{scores['data']}: top-1 {100 * scores['top1']:.2f} % (95 % interval {100 * low:.2f} to "
+        f"{100 * high:.2f}), top-5 {100 * scores['top5']:.2f} %, calibration error "
+        f"{100 * scores['calibration_error']:.2f} %, {scores['count']} examples"
+    )
+    seen = [
+        (it["hits"] / it["count"], name)
+        for name, it in scores.get("classes", {}).items()
+        if it["count"]
+    ]
+    if seen:
+        listed = (f"{name} {100 * top1:.0f} %" for top1, name in sorted(seen)[:worst])
+        text += f"\n  worst classes: {', '.join(listed)}"
+    return text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -117,6 +117,38 @@ def view_sheet(
         grid[2 * row, column].imshow(above[index])
         grid[2 * row, column].set_title(name, fontsize=8)
         grid[2 * row + 1, column].imshow(below[index])
+    _save(figure, path)
+
+
+def reliability(bins: Mapping[str, Mapping[str, Sequence[float]]], path: epath.PathLike) -> None:
+    """Draws how often the model is right against how sure it is, as a PNG: a panel for each set.
+
+    Args:
+      bins: of each set, by its name, equal ranges of confidence from 0 to 1: "count", "top1" and
+        "confidence" as `halonet.evaluate.score` gives them.
+      path: of the PNG, may be gs://.
+
+    Source: Guo et al., 2017, arXiv 1706.04599, figure 1.
+    """
+    figure = Figure(figsize=(3.8 * len(bins), 4.2), layout="constrained")
+    panels = figure.subplots(1, len(bins), squeeze=False)[0]
+    for axis, (name, its) in zip(panels, bins.items(), strict=True):
+        count, top1 = np.array(its["count"]), np.array(its["top1"])
+        gap = np.array(its["confidence"]) - top1
+        width, total = 1 / len(count), count.sum()
+        left = np.arange(len(count)) * width
+        axis.bar(left, top1, width, align="edge", edgecolor="white", label="accuracy")
+        # From the accuracy to the confidence; an empty bin has neither.
+        style = {"color": "tab:red", "alpha": 0.35, "label": "confidence beyond or short of it"}
+        axis.bar(left, gap, width, bottom=top1, align="edge", **style)
+        axis.plot((0, 1), (0, 1), color="0.4", linestyle="--", linewidth=1)
+        shares = axis.twinx()
+        shares.step([*left, 1], [*(count / total), count[-1] / total], where="post", color="0.2")
+        shares.set(ylim=(0, 1), ylabel="share of the examples (line)")
+        error = float(count @ np.abs(gap)) / total
+        axis.set(title=f"{name}\ncalibration error {error:.2%}", xlabel="confidence")
+        axis.set(xlim=(0, 1), ylim=(0, 1), ylabel="top-1 accuracy (bars)")
+    panels[0].legend(frameon=False, loc="upper left", fontsize=8)
     _save(figure, path)
 
 

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
+CALIBRATION_BINS = 15  # as Guo et al., 2017, arXiv 1706.04599, have them
+
 Batch = dict[str, Array]
 Metrics = dict[str, Array]
 
@@ -336,6 +338,75 @@ def eval_step(
         "top1": (hits(logits, labels, 1) * mask).sum(),
         "top5": (hits(logits, labels, 5) * mask).sum(),
         "count": mask.sum(),
+    }
+
+
+def set_hits(
+    logits: Float[Array, "n classes"], sets: Bool[Array, "n classes"], k: int
+) -> Float[Array, " n"]:
+    """1.0 where the largest logit of a set of labels is among the k largest, else 0.0.
+
+    Ties and NaNs as in `hits`, which this is for sets of one; an empty set scores 0.
+    """
+    best = jnp.max(logits, axis=-1, keepdims=True, where=sets, initial=-jnp.inf)
+    rivals = (~(logits < best) & ~sets).sum(axis=-1)
+    known = sets.any(axis=-1) & ~jnp.isnan(best[:, 0])
+    return ((rivals < k) & known).astype(jnp.float32)
+
+
+def suite_step(
+    variables: dict[str, Any],
+    batch: Batch,
+    *,
+    apply_fn: Callable,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> Metrics:
+    """The sums of `eval_step`, and those of which calibration and each class's accuracy are made.
+
+    Args:
+      batch: as for `eval_step`. With "labels", int32 (N, classes), 1 for each label that is right,
+        examples without any do not count, and there is neither a loss nor an accuracy of classes.
+
+    Returns:
+      "top1", "top5" and "count"; of each of `CALIBRATION_BINS` equal ranges of confidence, the
+      greatest probability, "bin_count", "bin_top1" and "bin_confidence"; and unless there are sets
+      of labels, "loss" and of each class "class_count" and "class_top1".
+    """
+    logits = predict_step(variables, batch["image"], apply_fn=apply_fn, mean=mean, std=std)
+    labels, mask = batch["label"], batch["mask"]
+    classes = logits.shape[-1]
+    if "labels" in batch:
+        sets = batch["labels"] > 0
+        mask &= sets.any(axis=-1)
+        top1, top5 = (set_hits(logits, sets, k) for k in (1, 5))
+    else:
+        top1, top5 = (hits(logits, labels, k) for k in (1, 5))
+    mask = mask.astype(jnp.float32)
+    top1, top5 = top1 * mask, top5 * mask
+    # NaNs have no confidence; a bin holds its upper end, as Guo et al. have it.
+    confidence = jnp.nan_to_num(jax.nn.softmax(logits).max(axis=-1))
+    place = jnp.ceil(confidence * CALIBRATION_BINS).astype(jnp.int32) - 1
+    place = jnp.clip(place, 0, CALIBRATION_BINS - 1)
+
+    def shared(values: Array, among: Array, length: int) -> Array:
+        return jnp.zeros(length, jnp.float32).at[among].add(values)
+
+    sums = {
+        "top1": top1.sum(),
+        "top5": top5.sum(),
+        "count": mask.sum(),
+        "bin_count": shared(mask, place, CALIBRATION_BINS),
+        "bin_top1": shared(top1, place, CALIBRATION_BINS),
+        "bin_confidence": shared(confidence * mask, place, CALIBRATION_BINS),
+    }
+    if "labels" in batch:
+        return sums
+    losses = cross_entropy(logits, jax.nn.one_hot(labels, classes))
+    return sums | {
+        "loss": (losses * mask).sum(),
+        "class_count": shared(mask, labels, classes),
+        "class_top1": shared(top1, labels, classes),
     }
 
 

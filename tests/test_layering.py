@@ -56,8 +56,9 @@ TABLE = {
         "jax ml_collections numpy",
         "",
     ),
+    # It says with which code and packages a result was made, hence runtime.
     "halonet.evaluate": (
-        "models data steps checkpoint sharding plots config run",
+        "models data steps checkpoint sharding plots config run runtime",
         "jax ml_collections numpy",
         "",
     ),

@@ -61,6 +61,28 @@ def test_learning_curves_of_little(rows, tmp_path):
     assert_is_picture(tmp_path / "curves.png", (1000, 1500), (300, 600))
 
 
+BINS = {"count": [0, 10, 30], "top1": [0.0, 0.4, 0.9], "confidence": [0.0, 0.5, 0.8]}
+
+
+def test_reliability_is_a_picture(tmp_path):
+    plots.reliability({"one": BINS}, tmp_path / "one.png")
+    assert_is_picture(tmp_path / "one.png", (300, 600), (350, 600))
+    plots.reliability({"one": BINS, "two": BINS, "three": BINS}, tmp_path / "three.png")
+    assert_is_picture(tmp_path / "three.png", (1000, 1500), (350, 600))
+
+
+def test_reliability_shows_the_bins(figures, tmp_path):
+    plots.reliability({"digits": BINS}, tmp_path / "reliability.png")
+    panel, shares = figures[0].axes
+    bars, gaps = panel.containers
+    np.testing.assert_allclose([bar.get_height() for bar in bars], BINS["top1"])
+    np.testing.assert_allclose([bar.get_y() for bar in gaps], BINS["top1"])
+    np.testing.assert_allclose([bar.get_height() for bar in gaps], [0.0, 0.1, -0.1], atol=1e-9)
+    np.testing.assert_allclose([bar.get_x() for bar in bars], [0, 1 / 3, 2 / 3])
+    np.testing.assert_allclose(shares.lines[0].get_ydata(), [0, 0.25, 0.75, 0.75])
+    assert panel.get_title() == "digits\ncalibration error 10.00%"
+
+
 def test_learning_curves_show_the_rows(figures, tmp_path):
     rows = [{"step": 0, "perf/started": 1.0}, *history(("train/loss", "train/learning_rate"))]
     rows += [{"step": 4, "eval/loss": 0.5, "eval/top1": 0.75}]

@@ -1,6 +1,7 @@
 """`load_run` and the evaluation of checkpoints, on a run of a few steps."""
 
 import asyncio
+import io
 import json
 import re
 import shutil
@@ -106,6 +107,14 @@ def test_evaluation_of_a_checkpoint_equals_that_of_the_run(workdir, tmp_path, ca
     assert (result["top1"], result["top5"]) == (row["eval/top1"], row["eval/top5"])
     np.testing.assert_allclose(result["loss"], row["eval/loss"], rtol=1e-6)
     assert json.loads((workdir / "evaluation.json").read_text()) == result
+    assert result["fingerprint"] == evaluate.open_split(CONFIG, "test").fingerprint
+    assert result["config"] == json.loads((workdir / "config.json").read_text())
+    assert result["versions"]["jax"] == jax.__version__
+    assert {it["count"] for it in result["classes"].values()} == {100}
+    hits = sum(it["hits"] for it in result["classes"].values())
+    assert hits == round(1000 * result["top1"])
+    with Image.open(workdir / "reliability.png") as picture:
+        assert picture.format == "PNG"
     printed = capsys.readouterr().out
     assert re.search(r"step 30 \(ema weights\) on mnist5k/test: top-1 [\d.]+ % \(95 %", printed)
 
@@ -116,6 +125,61 @@ def test_evaluation_of_a_checkpoint_equals_that_of_the_run(workdir, tmp_path, ca
     assert elsewhere["weights"] == "raw"
     assert (elsewhere["crop_pct"], elsewhere["interpolation"]) == (1.0, "bicubic")
     assert json.loads((tmp_path / "new" / "evaluation.json").read_text()) == elsewhere
+
+
+def test_suites_are_scored_beside_the_split(workdir, tmp_path, capsys):
+    """ReaL and V2 as TFDS has them, but for their size: digits of the split, some unlabelled."""
+    import tensorflow_datasets as tfds
+
+    from tests.test_sources import prepare
+
+    digits = evaluate.open_split(CONFIG, "test")
+    names = tfds.features.ClassLabel(names=list("0123456789"))
+
+    def image(index):
+        file = io.BytesIO()
+        Image.fromarray(digits[index]["image"]).save(file, "PNG")
+        file.seek(0)
+        return file
+
+    def label(index):
+        return digits[index]["label"]
+
+    encoded = {"image": tfds.features.Image(shape=(None, None, 3)), "label": names}
+    folder = prepare(
+        tmp_path, "v2", labels=label, images=image, features=encoded, splits={"test": 9}
+    )
+    (tmp_path / "imagenet_v2").mkdir()
+    folder.parent.rename(tmp_path / "imagenet_v2" / "matched-frequency")
+    features = {
+        "image": encoded["image"],
+        "original_label": names,
+        "real_label": tfds.features.Sequence(names),
+    }
+    prepare(
+        *(tmp_path, "imagenet2012_real"),
+        # Of twelve three have no label, three their own, three all and three a wrong one.
+        labels=lambda i: [[], [label(i)], list(range(10)), [(label(i) + 1) % 10]][i % 4],
+        images=image,
+        features=features,
+        splits={"validation": 12},
+    )
+    config = small_config(**{"data.data_dir": str(tmp_path), "eval.batch_size": 8})
+    result = evaluate.evaluate_checkpoint(
+        config, tmp_path / "out", checkpoint=str(workdir), step="latest", suites=["real", "v2"]
+    )
+    logits = load_run(workdir, "latest").predict([digits[i]["image"] for i in range(12)])
+    right = logits.argmax(axis=-1) == [label(i) for i in range(12)]
+    wrong = logits.argmax(axis=-1) == [(label(i) + 1) % 10 for i in range(12)]
+    real, v2 = result["suites"]["real"], result["suites"]["v2"]
+    assert result["count"] == 1000
+    assert (v2["count"], v2["top1"]) == (9, right[:9].sum() / 9)
+    assert v2["data"] == "imagenet_v2/matched-frequency/test"
+    assert (real["count"], real["top1"]) == (9, (right[1::4].sum() + 3 + wrong[3::4].sum()) / 9)
+    assert real["fingerprint"]["num_examples"] == 12
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text()) == result
+    printed = capsys.readouterr().out
+    assert re.search(r"on imagenet2012_real/validation: top-1 [\d.]+ % .* 9 examples", printed)
 
 
 @pytest.mark.parametrize("devices", [1, 8])

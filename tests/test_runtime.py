@@ -1,6 +1,7 @@
 """The process: joining others, the cache of compiled programs, signals, the progress line."""
 
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -33,6 +34,35 @@ def test_alone(no_launcher, joined):
     line = "alone, on 8 cpu device(s)"
     assert runtime.join_processes() == line
     assert joined == []
+
+
+def test_the_code_is_known_by_its_commit(monkeypatch, tmp_path):
+    def git(*arguments):
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b")
+        command = ["git", "-C", str(tmp_path), *identity, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    package = tmp_path / "halonet"
+    package.mkdir()
+    (package / "runtime.py").write_text("1")
+    monkeypatch.setattr(runtime, "__file__", str(package / "runtime.py"))
+    assert runtime.code_version() == ""  # in no repository of its own
+    git("init", "-q")
+    assert runtime.code_version() == ""  # without a commit
+    git("add", ".")
+    git("commit", "-qm", "One")
+    git("tag", "v1")
+    assert runtime.code_version() == git("rev-parse", "HEAD")
+    (package / "runtime.py").write_text("2")
+    assert runtime.code_version() == git("rev-parse", "HEAD") + "-dirty"
+    monkeypatch.setenv("PATH", "")
+    assert runtime.code_version() == ""
+
+
+def test_versions_of_what_computes():
+    found = runtime.versions()
+    assert found["jax"] == jax.__version__
+    assert found["python"] == platform.python_version()
 
 
 def test_with_a_coordinator(no_launcher, joined):

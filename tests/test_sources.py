@@ -133,7 +133,9 @@ def encoded(index, image_format="PNG"):
     return file
 
 
-def prepare(data_dir, name="toy", version="1.0.0", labels=None, images=None, features=None):
+def prepare(
+    data_dir, name="toy", version="1.0.0", labels=None, images=None, features=None, splits=None
+):
     """Writes a data set in ArrayRecord with TFDS itself, and without TensorFlow."""
     import tensorflow_datasets as tfds
 
@@ -153,12 +155,14 @@ def prepare(data_dir, name="toy", version="1.0.0", labels=None, images=None, fea
             )
 
         def _split_generators(self, manager):
-            return {"train": self._generate_examples(10), "val": self._generate_examples(3)}
+            counts = splits or {"train": 10, "val": 3}
+            return {split: self._generate_examples(count) for split, count in counts.items()}
 
         def _generate_examples(self, count):
             for i in range(count):
                 label = labels(i) if labels else i % 3
                 example = {"image": images(i), "label": label, "file_name": f"{i}.jpg"}
+                example |= {"real_label": label, "original_label": i % 3}
                 yield i, {key: example.get(key, "") for key in features}
 
     Toy.name = name

@@ -206,6 +206,52 @@ def test_hits(logits, label, k, hit):
     assert steps.hits(jnp.array([logits]), jnp.array([label]), k) == hit
 
 
+@pytest.mark.parametrize(
+    ("logits", "labels", "k", "hit"),
+    [
+        ([1.0, 2.0, 3.0], (0, 2), 1, 1.0),
+        ([1.0, 2.0, 3.0], (0, 1), 1, 0.0),
+        ([1.0, 2.0, 3.0], (0, 1), 2, 1.0),
+        ([3.0, 3.0, 1.0], (0, 1), 1, 1.0),  # a tie among right ones
+        ([3.0, 3.0, 1.0], (0,), 1, 0.0),
+        ([3.0, 2.0, 1.0], (), 3, 0.0),
+        ([3.0, np.nan, 1.0], (0,), 1, 0.0),
+        ([np.nan, 2.0, 1.0], (0, 1), 1, 0.0),
+    ],
+)
+def test_hits_of_sets(logits, labels, k, hit):
+    sets = jnp.isin(jnp.arange(3), jnp.array(labels, jnp.int32))[None]
+    assert steps.set_hits(jnp.array([logits]), sets, k) == hit
+
+
+def test_sets_of_one_are_labels():
+    logits = jax.random.normal(jax.random.key(0), (50, 9)).round(1)  # with ties
+    labels = jax.random.randint(jax.random.key(1), (50,), 0, 9)
+    for k in (1, 3, 9):
+        np.testing.assert_array_equal(
+            steps.set_hits(logits, jax.nn.one_hot(labels, 9) > 0, k), steps.hits(logits, labels, k)
+        )
+
+
+def test_the_ends_of_bins_of_confidence():
+    """A bin holds its upper end; 1 lies in the last, and what is no number in the first."""
+
+    def apply(variables, images, train):
+        return jnp.log(jnp.array([[1.0, 1e-30], [0.6, 0.4], [0.61, 0.39], [np.nan, 1.0]]))
+
+    batch = {
+        "image": jnp.zeros((4, 1, 1, 3), jnp.uint8),
+        "label": jnp.array([0, 1, 0, 1]),
+        "mask": jnp.ones(4, bool),
+    }
+    sums = steps.suite_step({}, batch, apply_fn=apply, **SCALE)
+    counts = {14: 1, 8: 1, 9: 1, 0: 1}  # 0.6 is 9/15
+    assert sums["bin_count"].tolist() == [counts.get(place, 0) for place in range(15)]
+    assert sums["bin_top1"].tolist() == [float(place in (14, 9)) for place in range(15)]
+    assert sums["class_count"].tolist() == [2, 2]
+    assert sums["class_top1"].tolist() == [2, 0]
+
+
 def test_train_step_is_gradient_descent(batch):
     state, tx = make()
     after, metrics = train_step(state, batch, tx)

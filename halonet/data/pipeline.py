@@ -119,7 +119,8 @@ def eval_batches(
     part. `view` is applied to each image; other arguments as in `train_batches`.
 
     Yields {"image": uint8 (B/P, H, W, 3), "label": int32 (B/P,), "mask": bool (B/P,)}; the mask is
-    False where there is no example, and image and label are 0 there.
+    False where there is no example, and image and label are 0 there. Where the source gives sets of
+    labels, also "labels": int32 (B/P, classes).
     """
     local = _local_size(batch_size, process_index, process_count)
     make = functools.partial(
@@ -139,8 +140,8 @@ def _eval_batch(
     ]
     filling = local - len(real)
     if filling:
-        shape = (real[0] if real else _example(source, 0, view))["image"].shape
-        real += [{"image": np.zeros(shape, np.uint8), "label": 0}] * filling
+        like = real[0] if real else _example(source, 0, view)
+        real += [{name: np.zeros_like(value) for name, value in like.items()}] * filling
     return {**_stack(real), "mask": np.arange(local) < local - filling}
 
 

@@ -32,6 +32,8 @@ class Example(typing.TypedDict):
 
     image: bytes | np.ndarray
     label: int
+    labels: typing.NotRequired[np.ndarray]
+    """Where any number of labels are right, as in ReaL: int32 (classes,), 1 for those."""
 
 
 @typing.runtime_checkable
@@ -216,7 +218,10 @@ class TfdsImages(_Numbered):
         folder, builder = open_prepared(name, data_dir=data_dir)
         info = builder.info
         _check_split(name, split, tuple(info.splits), info.splits)
-        missing = [key for key in ("image", "label") if key not in (info.features or {})]
+        # ReaL has the label that an image was given first, and those found right, perhaps none.
+        self._sets = "real_label" in (info.features or {})
+        self._label = "original_label" if self._sets else "label"
+        missing = [key for key in ("image", self._label) if key not in (info.features or {})]
         if missing:
             raise DataError(
                 f"data set {name!r} is not for image classification: of the features image and "
@@ -238,11 +243,11 @@ class TfdsImages(_Numbered):
         self.split = split
         self.folder = folder
         self.splits = {key: info.splits[key].num_examples for key in info.splits}
-        if not isinstance(info.features["label"], tfds.features.ClassLabel):
+        if not isinstance(info.features[self._label], tfds.features.ClassLabel):
             raise DataError(
                 f"data set {name!r} is not for classification: its label has no classes"
             )
-        self.classes = tuple(info.features["label"].names)
+        self.classes = tuple(info.features[self._label].names)
         lengths = [info.splits[key].shard_lengths for key in info.splits]
         known = repr((lengths, self.classes)).encode()
         self.fingerprint = {
@@ -266,7 +271,11 @@ class TfdsImages(_Numbered):
 
     def __getitem__(self, index: int) -> Example:
         record = self._read(index)
-        return {"image": record["image"], "label": self._check_label(index, record)}
+        example = {"image": record["image"], "label": self._check_label(index, record)}
+        if self._sets:
+            example["labels"] = np.zeros(len(self.classes), np.int32)
+            example["labels"][record["real_label"]] = 1
+        return example
 
     def _read(self, index: int) -> dict[str, typing.Any]:
         try:
@@ -275,14 +284,14 @@ class TfdsImages(_Numbered):
             raise DamagedShardError(
                 f"{self.where(index)} cannot be read: {_line(error)}"
             ) from error
-        if record["image"] is None or record["label"] is None:  # what a shard cut short gives
+        if record["image"] is None or record[self._label] is None:  # what a shard cut short gives
             raise DamagedShardError(
                 f"{self.where(index)} cannot be read: its record is empty, the shard is damaged"
             )
         return record
 
     def _check_label(self, index: int, record: dict[str, typing.Any]) -> int:
-        label = int(record["label"])
+        label = int(record[self._label])
         if not 0 <= label < len(self.classes):
             raise DataError(
                 f"{self.where(index)} has label {label}, and there are {len(self.classes)} classes"
