@@ -16,7 +16,8 @@ there, since RandAugment takes its place, and changes nothing here. What is not 
 
 - bfloat16 here, float16 with a loss scale of 1024 there (yaml, amp_level O3).
 - MixUp draws one share for the batch here, one for each device's 64 images there (code).
-- RandAugment in MindCV's own operations has no SolarizeAdd, which here is one of 15 (code).
+- RandAugment in MindCV's own operations has no SolarizeAdd, which here is one of 15, and scales
+  Posterize and Solarize a little differently (code).
 - The aspect of what is erased is uniform in MindSpore and log-uniform here.
 - An epoch is 2502 steps there, the last 143 images left out (yaml); here 2502.3.
 """

@@ -166,6 +166,11 @@ def test_a_recipe_says_how_it_is_run_and_what_comes_of_it(name):
         assert re.search("not\\s+reproduced\\s+here|is not\\. The recipe is NOT", said)
 
 
+@pytest.mark.parametrize("name", [name for name in FILES if name != "default"])
+def test_the_readme_lists_it(name):
+    assert re.search(rf"^\|.*`{name}\.py\b", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+
+
 def numbers_without_source(source):
     """Lines that set a key to numbers without saying whose."""
     lines = source.splitlines()
