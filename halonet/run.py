@@ -189,10 +189,10 @@ def initial_variables(
     wanted = {"params": state.params, "batch_stats": state.batch_stats}
     given, needed = kept(theirs), kept(wanted)
     if differing := checkpoint.differences(given, needed):
+        left = f"what config.init.skip={config.init.skip} names is left out already"
         raise checkpoint.CheckpointError(
             f"the weights in {where} do not fit: {'; '.join(differing)}; "
-            f"config.init.skip={config.init.skip!r} is left out: --config.init.skip=head would "
-            "leave out the classifier"
+            f"{left if skip else '--config.init.skip=head would leave out the classifier'}"
         )
     onto = jax.tree.map(lambda leaf: leaf.sharding, needed)
     placed = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=onto)(given)

@@ -410,6 +410,7 @@ def test_a_file_becomes_a_run_and_the_file_again(run, timms, tmp_path):
     assert "float64" not in text
     assert "\nnote: numbers in head.fc.weight, the first of 120 such arrays, are no finite" in text
     assert f'run = halonet.load_run("{out}")' in text
+    assert f"--config.init.weights={out} --config.model.name={NAME} --config.data" in text
 
     opened = load_run(out)
     assert (opened.step, opened.weights, opened.classes) == (0, "raw", ("cat", "dog", "fish"))

@@ -154,8 +154,11 @@ def test_one_error_lists_all_that_does_not_fit(weights):
     assert message.startswith(f"the weights in {weights[0]} do not fit: params/head/bias: ")
     assert "params/head/bias: float32[3] there, float32[10] wanted; params/head/kernel: " in message
     assert "/kernel: nothing there, float32[" in message
-    assert message.endswith("--config.init.skip=head would leave out the classifier")
+    assert message.endswith("; --config.init.skip=head would leave out the classifier")
     assert "\n" not in message
+    with pytest.raises(checkpoint.CheckpointError) as refused:
+        read(**overrides, **{"init.skip": "head"})
+    assert "head" not in str(refused.value).partition("; what config.init.skip=head names")[0]
     assert refused.value.exit_code == 4
 
 

@@ -106,7 +106,9 @@ def convert(kind: str, file: str, *, model: str, out: str, classes: str = "") ->
         f"(sha256 {source['sha256'][:12]})\n"
         f'in Python: run = halonet.load_run("{out}"); run.predict(images)\n'
         f"score it:  python main.py --mode=evaluate --evaluate.checkpoint={out} "
-        "--config=CONFIG --workdir=WORKDIR"
+        "--config=CONFIG --workdir=WORKDIR\n"
+        f"train on: python main.py --config=configs/finetune.py --config.init.weights={out} "
+        f"--config.model.name={model} --config.data.data_dir=FOLDER --workdir=WORKDIR"
         + "".join(f"\nnote: {note}" for note in notes(arrays, kind))
     )
 
