@@ -1,12 +1,17 @@
 """Checkpoints: Orbax, asynchronous, the latest and the best side by side.
 
 A checkpoint is a folder `checkpoints/<step>/` with two items: "state", the arrays of a train state,
-and "meta", a small JSON object (format version, step, what the data set was). Paths may be gs://.
+and "meta", a small JSON object (format version, step, what the data set was). A manifest beside
+them has the SHA-256 of each file: Orbax itself notices no changed bit in an array. Paths may be
+gs://.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,8 +21,11 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no manifest
 FOLDER = "checkpoints"
+MANIFEST = "manifest.json"
+# Orbax writes these after the manifest, and nothing that is restored depends on them.
+_NOT_IN_MANIFEST = ("_CHECKPOINT_METADATA", "commit_success.txt", MANIFEST)
 
 
 class CheckpointError(ValueError):
@@ -57,14 +65,17 @@ class Checkpointer:
         policy = preservation_policy.AnyPreservationPolicy(
             [preservation_policy.LatestN(keep_latest), _KeepSteps(best_steps)]
         )
+        self._folder, self._saving = _absolute(workdir) / FOLDER, 0
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policy,
+            # In the background, before the step gets its name: no checkpoint is without one.
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
             # On an object store an unfinished step is overwritten when it is saved again, while
             # the cleaning would run beside that save and might delete it.
             cleanup_tmp_directories="://" not in str(workdir),
         )
         try:
-            self._manager = ocp.CheckpointManager(_absolute(workdir) / FOLDER, options=options)
+            self._manager = ocp.CheckpointManager(self._folder, options=options)
         except ModuleNotFoundError as error:
             raise CheckpointError(
                 f"checkpoints in {workdir} need the package {error.name}: "
@@ -72,7 +83,19 @@ class Checkpointer:
             ) from error
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
-        """Starts saving; a failure of the save before this one is raised here."""
+        """Starts saving; a failure of the save before this one is raised here.
+
+        Raises:
+          CheckpointError: where a checkpoint of this step or a later one is there, which Orbax
+            would pass over in silence.
+        """
+        newest = self._manager.latest_step()
+        if newest is not None and newest >= step:
+            raise CheckpointError(
+                f"step {step} is not saved: {self._folder} has step {newest}, of another start"
+            )
+        self._manager.wait_until_finished()
+        self._saving = step
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -80,6 +103,11 @@ class Checkpointer:
                 meta=ocp.args.JsonSave({"format_version": FORMAT_VERSION, "step": step, **meta}),
             ),
         )
+
+    def _write_manifest(self) -> None:
+        # Where files cannot be renamed, the step has its own name from the start.
+        folders = self._folder.glob(f"{self._saving}.orbax-checkpoint-tmp*")
+        write_manifest(next(iter(folders), self._folder / str(self._saving)))
 
     def check_errors(self) -> None:
         """Raises what went wrong in a save since the last call, without waiting for it."""
@@ -118,6 +146,91 @@ def saved_steps(workdir: epath.PathLike) -> list[int]:
     if not folder.exists():
         return []
     return sorted(ocp.utils.checkpoint_steps(folder))
+
+
+def write_manifest(folder: epath.PathLike) -> None:
+    """Writes manifest.json: the SHA-256 of each file under `folder`, by its relative path."""
+    folder = _absolute(folder)
+    text = json.dumps({"sha256": _hashes(folder)}, indent=1, sort_keys=True)
+    (folder / MANIFEST).write_text(text + "\n")
+
+
+def verify(folder: epath.PathLike) -> None:
+    """Compares each file of a checkpoint with the manifest.
+
+    A checkpoint of format version 1, which has none, passes.
+
+    Raises:
+      CheckpointError: naming the files that are damaged or missing.
+    """
+    folder = _absolute(folder)
+    manifest = folder / MANIFEST
+    try:
+        if not manifest.exists():
+            if read_meta(folder)["format_version"] == 1:
+                return
+            raise CheckpointError(f"{folder} is damaged: it has no {MANIFEST}")
+        recorded = json.loads(manifest.read_text())["sha256"].items()
+    except (ValueError, KeyError, AttributeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{folder} is damaged: {MANIFEST}: {_line(error)}") from error
+    found = _hashes(folder)
+    damaged = sorted(name for name, digest in recorded if found.get(name) != digest)
+    if damaged:
+        listed = ", ".join(damaged[:3]) + (f" and {len(damaged) - 3} more" if damaged[3:] else "")
+        raise CheckpointError(f"{folder} is damaged: not as they were saved: {listed}")
+
+
+def _hashes(folder: epath.Path) -> dict[str, str]:
+    def digest(path: epath.Path) -> str:
+        found = hashlib.sha256()
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                found.update(block)
+        return found.hexdigest()
+
+    files = [path for path in _files(folder) if path.name not in _NOT_IN_MANIFEST]
+    # Hashing lets go of the interpreter's lock.
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        digests = pool.map(digest, files)
+        return {str(path.relative_to(folder)): it for path, it in zip(files, digests, strict=True)}
+
+
+def _files(folder: epath.Path) -> list[epath.Path]:
+    found = []
+    for path in folder.iterdir():
+        found += _files(path) if path.is_dir() else [path]
+    return found
+
+
+def newest_good_step(workdir: epath.PathLike, say: Callable[[str], None]) -> int:
+    """The newest step whose files are as they were saved, 0 where nothing was ever saved.
+
+    Newer ones, damaged, lose their names, so that the run can save these steps again.
+
+    Raises:
+      CheckpointError: where all are damaged.
+    """
+    damaged = {}
+    for step in reversed(saved_steps(workdir)):
+        try:
+            verify(step_folder(workdir, step))
+            break
+        except CheckpointError as error:
+            damaged[step] = error
+    else:
+        if damaged:
+            raise CheckpointError("; ".join(map(str, damaged.values())))
+        return 0
+    for newer, error in damaged.items():
+        folder = step_folder(workdir, newer)
+        aside = folder.with_name(f"{newer}.damaged")
+        if aside.exists():
+            aside.rmtree()
+        folder.rename(aside)
+        say(f"{error}; it is {aside.name} now, and the run goes on from step {step}")
+    return step
 
 
 def step_folder(workdir: epath.PathLike, step: int) -> epath.Path:

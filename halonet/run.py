@@ -113,6 +113,7 @@ def load_run(
     step = resolve_step(workdir, step)
     folder = checkpoint.step_folder(workdir, step)
     meta = checkpoint.read_meta(folder)
+    checkpoint.verify(folder)
 
     kept = bool(config.train.ema_decay)
     weights = weights or ("ema" if kept else "raw")

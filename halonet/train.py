@@ -24,9 +24,9 @@ from halonet import optim, plots, recipe, run, runtime, sharding, steps
 from halonet.checkpoint import (
     Checkpointer,
     abstract_on,
+    newest_good_step,
     read_meta,
     restore_state,
-    saved_steps,
     step_folder,
 )
 from halonet.data import device, pipeline
@@ -76,7 +76,7 @@ def train_and_evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str,
         "classes": list(train_source.classes),
     }
     # Process 0 decides for all: a folder seen late by one of them would set them apart.
-    start = _agreed(max(saved_steps(workdir), default=0))
+    start = _agreed(newest_good_step(workdir, print) if primary else 0)
     if start == total and _agreed((workdir / "summary.json").exists()):
         summary = json.loads((workdir / "summary.json").read_text())
         _say_result(summary, workdir, "has ended already")

@@ -1,6 +1,8 @@
 """Saving, keeping and restoring, on any sharding; one line where it cannot be."""
 
 import dataclasses
+import pathlib
+import re
 import time
 from typing import Any
 
@@ -117,7 +119,7 @@ def test_a_newer_format_is_refused(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "FORMAT_VERSION", 99)
         save(tmp_path, 4)
-    with pytest.raises(checkpoint.CheckpointError, match="format version 99, newer than .* 1;"):
+    with pytest.raises(checkpoint.CheckpointError, match="format version 99, newer than .* 2;"):
         checkpoint.read_meta(checkpoint.step_folder(tmp_path, 4))
 
 
@@ -200,3 +202,108 @@ def test_a_failed_save_is_raised_by_the_next_call(tmp_path, monkeypatch):
     checkpointer.save(1, make_state(1), {})
     with pytest.raises(OSError, match="no space left"):
         checkpointer.wait()
+
+
+def flip(path, bit):
+    data = bytearray(path.read_bytes())
+    data[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(data)
+
+
+def files_of(folder):
+    return sorted(path for path in pathlib.Path(folder).rglob("*") if path.is_file())
+
+
+def what_is_wrong(folder):
+    """What is said of a checkpoint that is damaged; "" where the saved arrays come back."""
+    try:
+        checkpoint.verify(folder)
+        target = on_one_device(make_state(4))
+        restored = checkpoint.restore_state(folder.parent.parent, 4, target)
+    except checkpoint.CheckpointError as error:
+        return str(error)
+    jax.tree.map(np.testing.assert_array_equal, restored, make_state(4))
+    return ""
+
+
+def test_a_flipped_bit_is_named_or_harmless(tmp_path):
+    """200 of them, each file as likely as another: most of the bytes are arrays'."""
+    save(tmp_path, 4)
+    folder, rng = checkpoint.step_folder(tmp_path, 4), np.random.default_rng(0)
+    files = [path for path in files_of(folder) if path.stat().st_size]
+    detected = 0
+    for path in rng.choice(files, 200):
+        bit = int(rng.integers(8 * path.stat().st_size))
+        flip(path, bit)
+        said = what_is_wrong(folder)
+        flip(path, bit)
+        if path.name in ("_CHECKPOINT_METADATA", "commit_success.txt"):
+            assert said == ""
+            continue
+        # The name of a file that was changed in the manifest is that of one which is missing.
+        named = path.name if path.name == checkpoint.MANIFEST else path.relative_to(folder)
+        assert f"{named}" in said or (path.name == checkpoint.MANIFEST and said)
+        assert "\n" not in said
+        detected += 1
+    assert what_is_wrong(folder) == ""
+    assert detected > 100
+
+
+def test_without_the_manifest_wrong_values_would_come_back(tmp_path):
+    """What it is for: Orbax restores a changed array without a word."""
+    state = make_state(4, rows=4096)
+    checkpointer = make_checkpointer(tmp_path)
+    checkpointer.save(4, state, {})
+    checkpointer.close()
+    folder = checkpoint.step_folder(tmp_path, 4)
+    arrays = max(files_of(folder), key=lambda path: path.stat().st_size)
+    flip(arrays, 4 * arrays.stat().st_size)
+    restored = checkpoint.restore_state(tmp_path, 4, on_one_device(state))
+    with pytest.raises(AssertionError):
+        jax.tree.map(np.testing.assert_array_equal, restored, state)
+    with pytest.raises(checkpoint.CheckpointError, match=arrays.name):
+        checkpoint.verify(folder)
+
+
+@pytest.mark.parametrize("damage", ["flip", "delete", "manifest"])
+def test_a_run_goes_on_from_the_newest_good_step(tmp_path, damage):
+    save(tmp_path, 2, 4, 6, keep_latest=3)
+    said = []
+    assert checkpoint.newest_good_step(tmp_path, said.append) == 6
+    folder = checkpoint.step_folder(tmp_path, 6)
+    name = checkpoint.MANIFEST if damage == "manifest" else "state/_METADATA"
+    flip(folder / name, 11) if damage == "flip" else (folder / name).unlink()
+    assert checkpoint.newest_good_step(tmp_path, said.append) == 4
+    (line,) = said
+    expected = rf"/6 is damaged: .*{name}; it is 6.damaged now, and the run goes on from step 4"
+    assert re.search(expected, line)
+    assert checkpoint.saved_steps(tmp_path) == [2, 4]
+    assert (folder.parent / "6.damaged").is_dir()
+    # The step can be saved again, and what was damaged stays where it is.
+    save(tmp_path, 6, keep_latest=3)
+    assert checkpoint.newest_good_step(tmp_path, said.append) == 6
+    assert (folder.parent / "6.damaged").is_dir()
+
+
+def test_no_good_step_is_one_error_that_names_all(tmp_path):
+    assert checkpoint.newest_good_step(tmp_path, print) == 0
+    save(tmp_path, 2, 4)
+    for step in (2, 4):
+        (checkpoint.step_folder(tmp_path, step) / "meta" / "metadata").unlink()
+    with pytest.raises(checkpoint.CheckpointError, match=r"/4 is damaged: .*/2 is damaged: "):
+        checkpoint.newest_good_step(tmp_path, print)
+    assert checkpoint.saved_steps(tmp_path) == [2, 4]
+
+
+def test_a_checkpoint_of_before_the_manifest_passes(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "FORMAT_VERSION", 1)
+    monkeypatch.setattr(checkpoint.Checkpointer, "_write_manifest", lambda self: None)
+    save(tmp_path, 4)
+    checkpoint.verify(checkpoint.step_folder(tmp_path, 4))
+
+
+@pytest.mark.parametrize("step", [3, 4])
+def test_a_step_that_is_there_already_is_refused(tmp_path, step):
+    save(tmp_path, 4)
+    with pytest.raises(checkpoint.CheckpointError, match=f"step {step} is not saved: .* step 4"):
+        save(tmp_path, step)
