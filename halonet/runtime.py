@@ -1,19 +1,29 @@
-"""The process: how it joins others, where compiled programs are kept, how it is told to stop."""
+"""The process: how it joins others, where compiled programs are kept, how it is told to stop, and
+how it keeps others out of its workdir and itself from hanging.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import datetime
+import faulthandler
 import importlib.metadata
+import json
 import os
 import pathlib
 import platform
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Mapping
+import uuid
+from collections.abc import Callable, Mapping
 
 import jax
+from etils import epath
 
 # Peak of one device of JAX in dense bfloat16 products, operations per second, by its device_kind.
 # TPUs: the pages of each version at cloud.google.com/tpu/docs, per chip; v2, v3 and 7x show the two
@@ -35,6 +45,7 @@ PEAK_FLOPS = {
 }
 
 PREEMPTED = 75  # exit code: saved, start me again (EX_TEMPFAIL)
+HUNG = 6  # exit code: no step for too long
 _IMPORTED = time.perf_counter()
 
 
@@ -48,6 +59,12 @@ class Interrupted(Exception):
     """The run was asked to stop, and its state is saved."""
 
     exit_code = PREEMPTED
+
+
+class LockedError(ValueError):
+    """A workdir that another run is using. The message is one line."""
+
+    exit_code = 2
 
 
 def join_processes(*, coordinator: str = "", process_id: int = -1, process_count: int = 0) -> str:
@@ -139,13 +156,180 @@ def versions() -> dict[str, str]:
 
 def process_seconds() -> float:
     """Wall-clock seconds since this process began; beside Linux, since this module was imported."""
-    try:
-        with open("/proc/self/stat") as file:
-            # Behind the name of the program, which may hold anything: proc(5), starttime.
-            ticks = int(file.read().rpartition(")")[2].split()[19])
-    except OSError:
+    ticks = _start_ticks("self")
+    if not ticks:
         return time.perf_counter() - _IMPORTED
     return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _start_ticks(pid: int | str) -> int:
+    """When a process of this machine began, in clock ticks since boot; 0 where there is none."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            # Behind the name of the program, which may hold anything: proc(5), starttime.
+            return int(file.read().rpartition(")")[2].split()[19])
+    except OSError:
+        return 0
+
+
+class WorkdirLock:
+    """A context in which no second run may use a workdir: two would delete each other's steps.
+
+    The lock is a small file with its owner and a heartbeat, so that it works on every file system
+    and in buckets. A stale one (of a process of this machine that is gone, or of another machine
+    without a heartbeat for `stale` seconds) is taken over with a notice.
+
+    Args:
+      workdir: made where it does not exist; may be gs://.
+      force: takes the lock of a living owner too, who then stops at its next heartbeat.
+      enabled: False: nothing is done (one process of several holds the lock).
+      heartbeat, stale: seconds.
+    """
+
+    NAME = "lock.json"
+
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        *,
+        force: bool = False,
+        enabled: bool = True,
+        heartbeat: float = 15.0,
+        stale: float = 90.0,
+    ):
+        self._path = epath.Path(workdir) / self.NAME
+        self._force, self._enabled = force, enabled
+        self._heartbeat, self._stale = heartbeat, stale
+        self._mine = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "start_ticks": _start_ticks("self"),
+            "since": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "token": uuid.uuid4().hex,
+        }
+        self._lost = ""
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="lock", daemon=True)
+
+    def __enter__(self) -> WorkdirLock:
+        """Raises LockedError where a living process holds the lock, naming it."""
+        if not self._enabled:
+            return self
+        owner = self._owner()
+        if owner:
+            who = self._describe(owner)
+            if self._alive(owner) and not self._force:
+                raise LockedError(
+                    f"{self._path.parent} is in use by {who}; stop that run, take another "
+                    "--workdir, or --force to take it over"
+                )
+            print(f"taking over {self._path.parent} from {who}")
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._write()
+        # Of two that start at once both may have found it free; the later writer has it.
+        time.sleep(0.2)
+        self._look()
+        self.check()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        if not self._thread.ident:
+            return
+        self._stop.set()
+        self._thread.join()
+        if not self._lost:
+            self._path.unlink(missing_ok=True)
+
+    def check(self) -> None:
+        """Raises LockedError where another run has taken the lock since."""
+        if self._lost:
+            raise LockedError(f"{self._path.parent} was taken over by {self._lost}; stopping")
+
+    def _beat(self) -> None:
+        while not self._stop.wait(self._heartbeat) and not self._lost:
+            # A file system that is away for a while is no reason to stop a run.
+            with contextlib.suppress(OSError):
+                self._look()
+                if not self._lost:
+                    self._write()
+
+    def _look(self) -> None:
+        owner = self._owner()
+        if owner and owner.get("token") != self._mine["token"]:
+            self._lost = self._describe(owner)
+
+    def _owner(self) -> dict:
+        """What is in the file; {} where there is none, or none that says anything."""
+        try:
+            owner = json.loads(self._path.read_text())
+            return owner if isinstance(owner, dict) else {}
+        except (FileNotFoundError, ValueError):
+            return {}
+
+    def _write(self) -> None:
+        part = self._path.with_name(f"{self.NAME}.{self._mine['token'][:8]}")
+        part.write_text(json.dumps({**self._mine, "heartbeat": time.time()}) + "\n")
+        part.replace(self._path)
+
+    def _alive(self, owner: dict) -> bool:
+        if owner.get("host") == self._mine["host"] and self._mine["start_ticks"]:
+            # The number of a process that is gone is given to another one some day.
+            return _start_ticks(owner.get("pid", 0)) == owner.get("start_ticks")
+        return time.time() - owner.get("heartbeat", 0) < self._stale
+
+    def _describe(self, owner: dict) -> str:
+        age = time.time() - owner.get("heartbeat", 0)
+        return (
+            f"process {owner.get('pid')} on {owner.get('host')} (since {owner.get('since')}, "
+            f"last heartbeat {age:.0f} s ago)"
+        )
+
+
+class Watchdog:
+    """A context that ends a process which makes no progress, having said where it stood.
+
+    A run that hangs holds its machines until somebody looks; one that ends is started again.
+
+    Args:
+      seconds: without a call of `at` that are too long; 0: never.
+      leave: ends the process. By default at once: what hangs would hang its clean-up too.
+    """
+
+    def __init__(self, seconds: float, *, leave: Callable[[int], None] = os._exit):
+        self._seconds, self._leave = seconds, leave
+        self._now = ("starting", time.monotonic())
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        if self._seconds:
+            self.at("starting")
+            self._thread.start()
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self._stop.set()
+        if self._thread.ident:
+            self._thread.join()
+
+    def at(self, what: str) -> None:
+        """Says that the process has come to `what`: "waiting for data", say."""
+        self._now = (what, time.monotonic())
+
+    def _watch(self) -> None:
+        while not self._stop.wait(min(1.0, self._seconds / 4)):
+            what, since = self._now
+            if time.monotonic() - since > self._seconds:
+                print(
+                    f"error: no progress for {self._seconds:g} s while {what}; where each "
+                    "thread stands:",
+                    file=sys.stderr,
+                )
+                sys.stderr.flush()
+                faulthandler.dump_traceback(all_threads=True)
+                self._leave(HUNG)
+                return
 
 
 class StopSignal:

@@ -1,5 +1,7 @@
 """The process: joining others, the cache of compiled programs, signals, the progress line."""
 
+import contextlib
+import json
 import os
 import platform
 import re
@@ -341,3 +343,106 @@ def test_duration(seconds, text):
 
 def test_interrupted_is_told_from_an_error():
     assert runtime.Interrupted.exit_code == runtime.PREEMPTED == 75
+
+
+OWNER = """
+import sys, time
+from halonet import runtime
+with runtime.WorkdirLock(sys.argv[1], heartbeat=0.1):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def owner(tmp_path):
+    """Another process that holds the lock of tmp_path / "run"."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", OWNER, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_a_second_run_is_refused_and_a_dead_one_succeeded(tmp_path, owner, capsys):
+    workdir = tmp_path / "run"
+    message = (
+        rf"run is in use by process {owner.pid} on \S+ \(since \S+, last .* 0 s ago\); .*--force"
+    )
+    with pytest.raises(runtime.LockedError, match=message) as info, runtime.WorkdirLock(workdir):
+        pass
+    assert "\n" not in str(info.value)
+    assert info.value.exit_code == 2
+    owner.kill()
+    owner.wait()
+    with runtime.WorkdirLock(workdir) as lock:
+        lock.check()
+        assert re.search(rf"taking over .*run from process {owner.pid} ", capsys.readouterr().out)
+    assert list(workdir.iterdir()) == []
+
+
+def test_force_takes_over_and_the_owner_notices(tmp_path, capsys):
+    first = runtime.WorkdirLock(tmp_path, heartbeat=0.05)
+    with first, runtime.WorkdirLock(tmp_path, force=True):
+        assert "taking over" in capsys.readouterr().out
+        deadline = time.monotonic() + 10
+        while not first._lost:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        with pytest.raises(runtime.LockedError, match=r"was taken over by process \d+ on"):
+            first.check()
+    # The second one's file was not the first one's to remove.
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "free"),
+    [
+        ({}, False),
+        ({"start_ticks": 1}, True),  # another process has that number now
+        ({"pid": 2**22 + 1}, True),
+        ({"host": "elsewhere"}, False),
+        ({"host": "elsewhere", "heartbeat": 1.7e9}, True),
+    ],
+)
+def test_a_stale_lock_is_told_from_a_living_one(tmp_path, change, free):
+    with runtime.WorkdirLock(tmp_path):
+        owner = json.loads((tmp_path / "lock.json").read_text())
+        (tmp_path / "other").mkdir()
+        (tmp_path / "other" / "lock.json").write_text(json.dumps({**owner, **change}))
+        refused = pytest.raises(runtime.LockedError, match="in use")
+        with contextlib.nullcontext() if free else refused, runtime.WorkdirLock(tmp_path / "other"):
+            pass
+
+
+def test_a_lock_that_says_nothing_is_free(tmp_path):
+    (tmp_path / "lock.json").write_text("{")
+    with runtime.WorkdirLock(tmp_path):
+        pass
+
+
+def test_a_hang_says_where_and_ends_the_process(tmp_path):
+    code = (
+        "import time\nfrom halonet import runtime\n"
+        "def next_batch(): time.sleep(60)\n"
+        "with runtime.Watchdog(0.4) as watchdog:\n"
+        "    watchdog.at('waiting for data')\n    next_batch()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == runtime.HUNG == 6
+    assert "error: no progress for 0.4 s while waiting for data; where each" in done.stderr
+    assert "in next_batch" in done.stderr
+    assert "in _watch" in done.stderr
+
+
+def test_progress_keeps_the_watchdog_quiet():
+    left = []
+    with runtime.Watchdog(0.4, leave=left.append) as watchdog:
+        for _ in range(8):
+            watchdog.at("working")
+            time.sleep(0.1)
+    with runtime.Watchdog(0.0, leave=left.append):
+        time.sleep(0.1)
+    assert left == []
