@@ -16,6 +16,7 @@ FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "a file of configs/; --config.key=value overrides")
 flags.DEFINE_string("workdir", None, "folder of the run, may be gs://; the same one resumes")
 flags.DEFINE_enum("mode", "train", ["train", "evaluate"], "what to do")
+flags.DEFINE_bool("force", False, "train in a workdir that another run holds: that one stops")
 flags.DEFINE_string("evaluate.step", "best", "best, latest or a number")
 flags.DEFINE_string("evaluate.checkpoint", "", "a run's folder or checkpoint besides the workdir's")
 flags.DEFINE_enum("evaluate.weights", "", ["", "ema", "raw"], "empty: averaged where kept")
@@ -42,7 +43,7 @@ def main(argv: list[str]) -> None:
         if FLAGS.mode == "train":
             from halonet.train import train_and_evaluate
 
-            train_and_evaluate(FLAGS.config, FLAGS.workdir)
+            train_and_evaluate(FLAGS.config, FLAGS.workdir, force=FLAGS.force)
         else:
             from halonet.evaluate import evaluate_checkpoint
 

@@ -28,7 +28,7 @@ from halonet.models import SCHEMES, HaloNet, create_model
 
 # What may change between the starts of one run: none of it changes what is computed.
 MAY_CHANGE = (
-    *("log.", "checkpoint.", "mesh.", "model.remat"),
+    *("log.", "checkpoint.", "mesh.", "model.remat", "train.hang_seconds"),
     *("data.data_dir", "data.threads", "data.workers", "data.damaged_limit", "eval.batch_size"),
 )
 
@@ -67,6 +67,7 @@ ADDED = {
     "train.loss": "cross_entropy",
     "train.target_threshold": 0.0,
     "train.accumulate": 1,
+    "train.hang_seconds": 1800.0,
     "optim.base_batch": 0,
     "optim.floor": 0.0,
     "optim.decay_tables": False,
@@ -192,6 +193,7 @@ def check_values(config: ConfigDict) -> None:
             "data.threads",
             "data.workers",
             "augment.rotate",
+            "train.hang_seconds",
             "train.steps",
             "train.epochs",
         ),

@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import jax
 from etils import epath
@@ -316,6 +316,12 @@ class Watchdog:
     def at(self, what: str) -> None:
         """Says that the process has come to `what`: "waiting for data", say."""
         self._now = (what, time.monotonic())
+
+    def over(self, what: str, items: Iterable) -> Iterator:
+        """The items, each of which is progress."""
+        for item in items:
+            self.at(what)
+            yield item
 
     def _watch(self) -> None:
         while not self._stop.wait(min(1.0, self._seconds / 4)):

@@ -27,6 +27,7 @@ from halonet.checkpoint import (
     newest_good_step,
     read_meta,
     restore_state,
+    saved_steps,
     step_folder,
 )
 from halonet.data import device, pipeline
@@ -47,15 +48,19 @@ class NonFinite(FloatingPointError):
     exit_code = 5
 
 
-def train_and_evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str, Any]:
+def train_and_evaluate(
+    config: ConfigDict, workdir: epath.PathLike, *, force: bool = False
+) -> dict[str, Any]:
     """Trains, or goes on with, the run in `workdir`, and returns its summary.
 
     Args:
       config: as configs/default.py declares it.
       workdir: the run's folder; may be gs://.
+      force: takes the workdir from another run that holds it.
 
     Raises:
       ConfigError, DataError: before anything compiles, in one line.
+      LockedError: where another run holds the workdir.
       CheckpointError: where a checkpoint cannot be restored.
       Interrupted: after a SIGTERM or Ctrl-C, the state being saved.
       NonFinite: where the loss is no longer finite.
@@ -76,131 +81,140 @@ def train_and_evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str,
         "classes": list(train_source.classes),
     }
     # Process 0 decides for all: a folder seen late by one of them would set them apart.
-    start = _agreed(newest_good_step(workdir, print) if primary else 0)
-    if start == total and _agreed((workdir / "summary.json").exists()):
+    ended = max(saved_steps(workdir), default=0) == total and (workdir / "summary.json").exists()
+    if _agreed(ended):
         summary = json.loads((workdir / "summary.json").read_text())
         _say_result(summary, workdir, "has ended already")
         return summary
-    if start:
-        _check_same_data(read_meta(step_folder(workdir, start)), meta, workdir)
-    multihost_utils.sync_global_devices("every process has read the workdir")
+    with contextlib.ExitStack() as closing:
+        lock = runtime.WorkdirLock(workdir, force=force, enabled=primary)
+        closing.enter_context(lock)
+        start = _agreed(newest_good_step(workdir, print) if primary else 0)
+        if start:
+            _check_same_data(read_meta(step_folder(workdir, start)), meta, workdir)
+        multihost_utils.sync_global_devices("every process has read the workdir")
 
-    # The state, abstract first: its shardings are known before any array exists.
-    schedule = recipe.schedule(config, total)
-    tx = recipe.optimizer(config, schedule)
-    init = functools.partial(
-        sharding.seeing(mesh, steps.init_state),
-        init_fn=init_function(model, config.init.scheme),
-        tx=tx,
-        image_size=config.data.image_size,
-        ema=config.train.ema_decay > 0,
-    )
-    key = jax.random.key(config.seed)
-    abstract_state = jax.eval_shape(init, key)
-    shardings = sharding.state_shardings(abstract_state, mesh)
+        # The state, abstract first: its shardings are known before any array exists.
+        schedule = recipe.schedule(config, total)
+        tx = recipe.optimizer(config, schedule)
+        init = functools.partial(
+            sharding.seeing(mesh, steps.init_state),
+            init_fn=init_function(model, config.init.scheme),
+            tx=tx,
+            image_size=config.data.image_size,
+            ema=config.train.ema_decay > 0,
+        )
+        key = jax.random.key(config.seed)
+        abstract_state = jax.eval_shape(init, key)
+        shardings = sharding.state_shardings(abstract_state, mesh)
 
-    # Start, from weights where the configuration names some, or go on from the newest checkpoint.
-    placed_state, said = abstract_on(abstract_state, shardings), []
-    if start:
-        state = restore_state(workdir, start, placed_state)
-    elif config.init.weights:
-        variables, said = run.initial_variables(config, model, placed_state)
-        state = steps.start_from(jax.jit(init, out_shardings=shardings)(key), variables)
-    else:
-        state = jax.jit(init, out_shardings=shardings)(key)
-    # Not before: weights that are refused leave the workdir to the next attempt.
-    if primary:
-        config_lib.save_config(config, workdir)
-    closing = contextlib.ExitStack()
-    log = metrics_lib.MetricsLog(workdir, start_step=start, primary=primary)
-    closing.callback(log.close)
-    checkpointer = Checkpointer(
-        workdir,
-        keep_latest=config.checkpoint.keep_latest,
-        best_steps=lambda: metrics_lib.best_steps(log.rows(), config.checkpoint.keep_best),
-    )
-    closing.callback(checkpointer.close)
+        # Start, from weights where the configuration names some, or go on from a checkpoint.
+        placed_state, said = abstract_on(abstract_state, shardings), []
+        if start:
+            state = restore_state(workdir, start, placed_state)
+        elif config.init.weights:
+            variables, said = run.initial_variables(config, model, placed_state)
+            state = steps.start_from(jax.jit(init, out_shardings=shardings)(key), variables)
+        else:
+            state = jax.jit(init, out_shardings=shardings)(key)
+        # Not before: weights that are refused leave the workdir to the next attempt.
+        if primary:
+            config_lib.save_config(config, workdir)
+        log = metrics_lib.MetricsLog(workdir, start_step=start, primary=primary)
+        closing.callback(log.close)
+        checkpointer = Checkpointer(
+            workdir,
+            keep_latest=config.checkpoint.keep_latest,
+            best_steps=lambda: metrics_lib.best_steps(log.rows(), config.checkpoint.keep_best),
+        )
+        closing.callback(checkpointer.close)
 
-    batches = device.Prefetcher(
-        pipeline.train_batches(
-            train_source,
+        batches = device.Prefetcher(
+            pipeline.train_batches(
+                train_source,
+                batch_size=config.data.batch_size,
+                seed=config.seed,
+                start_step=start,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+                augment=config_lib.random_view(config),
+                repeats=config.augment.repeats,
+                replace_damaged=config.data.damaged == "skip",
+                threads=config.data.threads,
+                workers=config.data.workers,
+            ),
+            sharding.batch_sharding(mesh),
+        )
+        closing.callback(batches.close)
+        train_step = jax.jit(
+            recipe.train_step(config, model, tx, schedule, mesh),
+            donate_argnums=0,
+            in_shardings=(shardings, sharding.batch_sharding(mesh)),
+            out_shardings=(shardings, sharding.replicated(mesh)),
+        )
+        eval_step = evaluate_lib.make_eval_step(model, config, mesh)
+        profile = _profiler(workdir, start) if config.log.profile else None
+        damage = DamageCount(
+            limit=config.data.damaged_limit,
             batch_size=config.data.batch_size,
-            seed=config.seed,
+            examples=len(train_source),
             start_step=start,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            augment=config_lib.random_view(config),
-            repeats=config.augment.repeats,
-            replace_damaged=config.data.damaged == "skip",
-            threads=config.data.threads,
-            workers=config.data.workers,
-        ),
-        sharding.batch_sharding(mesh),
-    )
-    closing.callback(batches.close)
-    train_step = jax.jit(
-        recipe.train_step(config, model, tx, schedule, mesh),
-        donate_argnums=0,
-        in_shardings=(shardings, sharding.batch_sharding(mesh)),
-        out_shardings=(shardings, sharding.replicated(mesh)),
-    )
-    eval_step = evaluate_lib.make_eval_step(model, config, mesh)
-    profile = _profiler(workdir, start) if config.log.profile else None
-    damage = DamageCount(
-        limit=config.data.damaged_limit,
-        batch_size=config.data.batch_size,
-        examples=len(train_source),
-        start_step=start,
-    )
-    progress = runtime.Progress(
-        total=total,
-        start=start,
-        images_per_step=config.data.batch_size,
-        ideal_seconds=_ideal_seconds(model, config.data.image_size, mesh),
-        enabled=primary,
-    )
-
-    def record(step: int, metrics: steps.Metrics, *, write: bool = True) -> None:
-        """Writes the row of one step, having looked that its numbers are some."""
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        count = values.pop("count")
-        values |= {name: values[name] / count for name in ("loss", "top1")}
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(values[name]):
-                raise NonFinite(
-                    f"the {name} of step {step} is {values[name]}; the checkpoints in {workdir} "
-                    "are from before; a smaller optim.learning_rate or optim.clip_norm may help"
-                )
-        if not write:
-            return
-        row = {f"train/{name}": value for name, value in values.items()}
-        row |= progress.rates(step, batches.wait_seconds)
-        log.write(step, row)
-        progress.show(step, row)
-
-    def evaluate(step: int) -> None:
-        """Scores the averaged weights, where they are kept, and writes the row."""
-        started = time.perf_counter()
-        variables = state.ema or {"params": state.params, "batch_stats": state.batch_stats}
-        scores = evaluate_lib.evaluate(
-            eval_step, variables, evaluate_lib.eval_batches(config, eval_source, mesh)
         )
-        seconds = time.perf_counter() - started
-        row = {f"eval/{name}": value for name, value in scores.items()}
-        log.write(step, {**row, "perf/eval_seconds": seconds})
-        progress.pause(seconds)
-        progress.say(
-            f"step {step}: held-out top-1 {100 * scores['top1']:.2f} %, loss {scores['loss']:.4f}"
+        progress = runtime.Progress(
+            total=total,
+            start=start,
+            images_per_step=config.data.batch_size,
+            ideal_seconds=_ideal_seconds(model, config.data.image_size, mesh),
+            enabled=primary,
         )
 
-    def eval_due(step: int) -> bool:
-        return step == total or step % config.eval.every_steps == 0
+        def record(step: int, metrics: steps.Metrics, *, write: bool = True) -> None:
+            """Writes the row of one step, having looked that its numbers are some."""
+            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            count = values.pop("count")
+            values |= {name: values[name] / count for name in ("loss", "top1")}
+            for name in ("loss", "grad_norm"):
+                if not math.isfinite(values[name]):
+                    raise NonFinite(
+                        f"the {name} of step {step} is {values[name]}; the checkpoints in "
+                        f"{workdir} are from before; a smaller optim.learning_rate or "
+                        "optim.clip_norm may help"
+                    )
+            if not write:
+                return
+            row = {f"train/{name}": value for name, value in values.items()}
+            row |= progress.rates(step, batches.wait_seconds)
+            log.write(step, row)
+            progress.show(step, row)
 
-    for line in said:
-        progress.say(line)
-    _introduce(progress, config, workdir, abstract_state.params, mesh, start=start, total=total)
-    with closing, runtime.StopSignal(enabled=jax.process_count() == 1) as stop:
+        def evaluate(step: int) -> None:
+            """Scores the averaged weights, where they are kept, and writes the row."""
+            started = time.perf_counter()
+            variables = state.ema or {"params": state.params, "batch_stats": state.batch_stats}
+            scores = evaluate_lib.evaluate(
+                eval_step,
+                variables,
+                watchdog.over("evaluating", evaluate_lib.eval_batches(config, eval_source, mesh)),
+            )
+            seconds = time.perf_counter() - started
+            row = {f"eval/{name}": value for name, value in scores.items()}
+            log.write(step, {**row, "perf/eval_seconds": seconds})
+            progress.pause(seconds)
+            progress.say(
+                f"step {step}: held-out top-1 {100 * scores['top1']:.2f} %, "
+                f"loss {scores['loss']:.4f}"
+            )
+
+        def eval_due(step: int) -> bool:
+            return step == total or step % config.eval.every_steps == 0
+
+        for line in said:
+            progress.say(line)
+        _introduce(progress, config, workdir, abstract_state.params, mesh, start=start, total=total)
+        stop = closing.enter_context(runtime.StopSignal(enabled=jax.process_count() == 1))
+        watchdog = closing.enter_context(runtime.Watchdog(config.train.hang_seconds))
         # Compiled once and for all: a batch of another shape would be an error, not a compilation.
+        watchdog.at("compiling the step")
         progress.say("compiling the step (kept for later starts)")
         started = time.perf_counter()
         train_step = train_step.lower(state, recipe.abstract_batch(config, mesh)).compile()
@@ -212,7 +226,10 @@ def train_and_evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str,
         in_flight: collections.deque[steps.Metrics] = collections.deque()
         unrecorded = None
         for step in range(start + 1, total + 1):
-            state, metrics = train_step(state, next(batches))
+            watchdog.at("waiting for data")
+            batch = next(batches)
+            watchdog.at("waiting for the devices")
+            state, metrics = train_step(state, batch)
             # From here on the devices have work: what earlier steps returned may be read.
             if step == start + 1:
                 measured = (seconds, runtime.process_seconds())
@@ -225,6 +242,7 @@ def train_and_evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str,
                 seen["loss"].block_until_ready()
                 damage.add(int(seen.get("damaged", 0)))
             checkpointer.check_errors()
+            lock.check()
             if profile:
                 profile(step)
 
@@ -239,6 +257,7 @@ def train_and_evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str,
                 # A checkpoint never knows more than the record: its row is written first.
                 record(step, metrics, write=row_due)
                 unrecorded = None
+                watchdog.at("saving a checkpoint")
                 checkpointer.save(step, state, meta)
             if eval_due(step):
                 evaluate(step)
@@ -246,7 +265,9 @@ def train_and_evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str,
                 raise runtime.Interrupted(
                     f"{stopping} at step {step} of {total}: saved; the same command goes on"
                 )
+        watchdog.at("waiting for the checkpoint")
         checkpointer.wait()
+        watchdog.at("drawing predictions")
         for seen in in_flight:
             damage.add(int(seen.get("damaged", 0)))
 
@@ -259,15 +280,15 @@ def train_and_evaluate(config: ConfigDict, workdir: epath.PathLike) -> dict[str,
             config=config,
             mesh=mesh,
         )
-    summary = _summarise(log.rows(), total, abstract_state.params, time.perf_counter() - began)
-    if config.data.damaged == "skip":
-        summary["damaged"] = damage.total()  # of this start
-    if primary:
-        log.finish()
-        plots.learning_curves(log.rows(), workdir / "curves.png")
-        (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        _say_result(summary, workdir, "is done")
-    return summary
+        summary = _summarise(log.rows(), total, abstract_state.params, time.perf_counter() - began)
+        if config.data.damaged == "skip":
+            summary["damaged"] = damage.total()  # of this start
+        if primary:
+            log.finish()
+            plots.learning_curves(log.rows(), workdir / "curves.png")
+            (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+            _say_result(summary, workdir, "is done")
+        return summary
 
 
 def _ideal_seconds(model: HaloNet, size: int, mesh: jax.sharding.Mesh) -> float:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -389,3 +390,29 @@ def test_a_folder_of_photographs_with_everything_on(tmp_path):
     # Half of the configured rate, for half of the batch that it is meant for.
     assert 0.5 * config.optim.learning_rate * 0.5 < max(rates) <= 0.5 * config.optim.learning_rate
     assert all(np.isfinite(row["train/loss"]) for row in rows if "train/loss" in row)
+
+
+def test_a_workdir_in_use_is_refused(tmp_path):
+    held = runtime.WorkdirLock(tmp_path)
+    with held, pytest.raises(runtime.LockedError, match=f"in use by process {os.getpid()} on"):
+        train.train_and_evaluate(small_config(), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_watchdog_knows_what_a_run_is_doing(tmp_path, monkeypatch):
+    places = []
+    monkeypatch.setattr(runtime.Watchdog, "at", lambda self, what: places.append(what))
+
+    def few_batches(*args, **kwargs):
+        yield from itertools.islice(train_batches(*args, **kwargs), 5)
+        raise DataError("the end")
+
+    train_batches = train.pipeline.train_batches
+    monkeypatch.setattr(train.pipeline, "train_batches", few_batches)
+    with pytest.raises(DataError, match="the end"):
+        train.train_and_evaluate(small_config(), tmp_path)
+    assert places[:2] == ["starting", "compiling the step"]
+    step = ["waiting for data", "waiting for the devices"]
+    # Batches are fetched ahead: how many steps come before the error is the prefetcher's affair.
+    assert places[2:-1] == step * (len(places[2:-1]) // 2) != []
+    assert places[-1] == "waiting for data"

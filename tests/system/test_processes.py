@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from halonet import checkpoint, metrics
+from tests import test_train
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 SETTINGS = {
@@ -134,3 +135,40 @@ def test_two_processes_train_as_one(tmp_path):
         [row["train/loss"] for row in two], [row["train/loss"] for row in one], rtol=1e-5
     )
     assert [row["eval/count"] for row in rows(tmp_path / "two", "eval/")] == [1000]
+
+
+@pytest.mark.middle
+@pytest.mark.timeout(900)
+def test_a_second_run_a_kill_and_a_flipped_bit_change_nothing(tmp_path):
+    workdir, settings = tmp_path / "run", {"train.steps": 40, "checkpoint.every_steps": 5}
+    settings = {**settings, "eval.every_steps": 40}
+    first = start(workdir, **settings)
+    for _ in first.stdout:
+        if len(checkpoint.saved_steps(workdir)) > 1:
+            break
+    second = start(workdir, **settings)
+    output, _ = second.communicate(timeout=400)
+    assert second.returncode == 2, output
+    assert re.search(rf"error: .* is in use by process {first.pid} on \S+", output)
+    assert first.poll() is None
+    first.kill()
+    first.communicate()
+
+    newest = pathlib.Path(checkpoint.step_folder(workdir, checkpoint.saved_steps(workdir)[-1]))
+    files = [path for path in newest.rglob("*") if path.is_file()]
+    arrays = max(files, key=lambda path: path.stat().st_size)
+    data = bytearray(arrays.read_bytes())
+    data[len(data) // 2] ^= 1
+    arrays.write_bytes(data)
+    output = finish(start(workdir, **settings))[0]
+    assert f"taking over {workdir} from process {first.pid}" in output
+    assert re.search(rf"{newest} is damaged: .*{arrays.name}; it is {newest.name}.damaged", output)
+    assert not (workdir / "lock.json").exists()
+
+    finish(start(tmp_path / "undisturbed", **settings))
+    for prefix in ("train/", "eval/"):
+        assert rows(workdir, prefix) == rows(tmp_path / "undisturbed", prefix)
+    disturbed, undisturbed = (
+        test_train.saved_arrays(folder, 40) for folder in (workdir, tmp_path / "undisturbed")
+    )
+    assert disturbed == undisturbed
