@@ -34,6 +34,7 @@ from halonet.data import device, pipeline
 from halonet.data.damage import DamageCount
 from halonet.data.errors import DataError
 from halonet.models import HaloNet, cost, init_function
+from halonet.progress import Progress
 
 # Steps given to the devices ahead of the one whose result was last seen: enough to keep them busy,
 # few enough that the batches waiting there stay small.
@@ -160,7 +161,7 @@ def train_and_evaluate(
             examples=len(train_source),
             start_step=start,
         )
-        progress = runtime.Progress(
+        progress = Progress(
             total=total,
             start=start,
             images_per_step=config.data.batch_size,
@@ -332,7 +333,7 @@ def _profiler(workdir: epath.Path, start: int):
 
 
 def _introduce(
-    progress: runtime.Progress,
+    progress: Progress,
     config: ConfigDict,
     workdir: epath.Path,
     params: Any,

@@ -45,6 +45,7 @@ TABLE = {
     "halonet.sharding": ("", "jax", ""),
     "halonet.checkpoint": ("", "jax orbax", ""),
     "halonet.metrics": ("", "", "clu"),
+    "halonet.progress": ("", "", ""),
     "halonet.runtime": ("", "jax", ""),
     "halonet.plots": ("", "matplotlib numpy", "PIL sklearn"),
     "halonet.steps": ("", "jax numpy optax", ""),
@@ -66,7 +67,7 @@ TABLE = {
     "halonet.recipe": ("models steps optim sharding", "jax ml_collections optax", ""),
     "halonet.train": (
         "models data steps checkpoint sharding plots config run recipe evaluate metrics optim "
-        "runtime",
+        "runtime progress",
         "clu jax ml_collections numpy",
         "",
     ),
