@@ -94,6 +94,7 @@ TABLE = {
         "PIL numpy sklearn",
         "cv2 imagecodecs pyvips simplejpeg",
     ),
+    "experiments.bench_input": ("experiments halonet", "PIL numpy sklearn", "timm torch"),
     # The benchmark against the peers; they are of an environment of their own.
     "experiments.bench_peers": ("experiments halonet", "jax matplotlib", "torch"),
     "experiments.contestants": (

@@ -1,5 +1,6 @@
 """Several real processes train as one does."""
 
+import json
 import pathlib
 import re
 import signal
@@ -26,9 +27,9 @@ SETTINGS = {
 }
 
 
-def start(workdir, *, devices=1, process_id=0, process_count=1, port=0, **settings):
+def start(workdir, *, mode="train", devices=1, process_id=0, process_count=1, port=0, **settings):
     settings = {**SETTINGS, **settings}
-    flags = [f"--config.{key}={value}" for key, value in settings.items()]
+    flags = [f"--mode={mode}", *(f"--config.{key}={value}" for key, value in settings.items())]
     if process_count > 1:
         flags += [
             f"--distributed.coordinator=127.0.0.1:{port}",
@@ -112,14 +113,14 @@ def test_what_goes_wrong_is_one_line_and_a_code(tmp_path, settings, code, messag
 @pytest.mark.middle
 @pytest.mark.timeout(900)
 def test_two_processes_train_as_one(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    pair = [
-        start(tmp_path / "two", devices=2, process_id=i, process_count=2, port=port)
-        for i in range(2)
-    ]
-    outputs = finish(*pair)
+    def pair(**kwargs):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        ids = ({"process_id": i, "process_count": 2, "port": port} for i in range(2))
+        return port, finish(*[start(tmp_path / "two", devices=2, **it, **kwargs) for it in ids])
+
+    port, outputs = pair()
     for index, output in enumerate(outputs):
         assert f"process {index} of 2 (coordinator 127.0.0.1:{port}), 2 of 4 cpu" in output
     # The first one speaks for both.
@@ -135,6 +136,20 @@ def test_two_processes_train_as_one(tmp_path):
         [row["train/loss"] for row in two], [row["train/loss"] for row in one], rtol=1e-5
     )
     assert [row["eval/count"] for row in rows(tmp_path / "two", "eval/")] == [1000]
+
+    # And evaluate as one does: whole numbers are the same, of each class too.
+    found = []
+    for evaluate in (
+        lambda: pair(mode="evaluate"),
+        lambda: finish(start(tmp_path / "two", mode="evaluate")),
+    ):
+        evaluate()
+        found.append(json.loads((tmp_path / "two" / "evaluation.json").read_text()))
+    assert [it["devices"] for it in found] == ["4 cpu", "1 cpu"]
+    for name in ("count", "top1", "top5", "classes", "fingerprint"):
+        assert found[0][name] == found[1][name]
+    assert found[0]["count"] == 1000
+    np.testing.assert_allclose(found[0]["calibration_error"], found[1]["calibration_error"], 1e-5)
 
 
 @pytest.mark.middle
