@@ -38,6 +38,7 @@ def get_config(variant="halonet_h4_wide"):
     config.data.crop_pct = 0.875  # ours
     config.data.interpolation = "bicubic"  # ours
     config.data.batch_size = 4096  # recollection
+    config.data.damaged = "skip"  # ours: among so many files a few are cut short
     config.data.workers = 16  # ours
 
     config.augment.crop_min_area = 0.08  # recollection: Inception's crop
