@@ -127,6 +127,7 @@ def test_evaluation_of_a_checkpoint_equals_that_of_the_run(workdir, tmp_path, ca
     assert json.loads((tmp_path / "new" / "evaluation.json").read_text()) == elsewhere
 
 
+@pytest.mark.middle
 def test_suites_are_scored_beside_the_split(workdir, tmp_path, capsys):
     """ReaL and V2 as TFDS has them, but for their size: digits of the split, some unlabelled."""
     import tensorflow_datasets as tfds
