@@ -250,6 +250,43 @@ def test_a_death_is_told_before_its_turn():
         list(slowly)
 
 
+def fails_where_there_is_no_room(image, rng):
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))  # bytes: of files in memory too
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    return image
+
+
+def fails_at_length(image, rng):
+    raise DataError("\N{SNOWMAN}" * 50_000)
+
+
+def exits(image, rng):
+    sys.exit("of its own will")
+
+
+@pytest.mark.parametrize(
+    ("augment", "message", "printed"),
+    [
+        (fails_where_there_is_no_room, r"^worker process 0 of 1 failed: OSError: .*large", ""),
+        (fails_at_length, r"^\N{SNOWMAN}{4000} \.\.\.$", ""),
+        (exits, "lost one: worker 0 ended with code 1$", "SystemExit: of its own will"),
+    ],
+)
+def test_a_failure_is_never_swallowed(capfd, augment, message, printed):
+    with pytest.raises(DataError, match=message):
+        take(1, Numbered(), augment=augment, workers=1)
+    assert printed in capfd.readouterr().err
+
+
+def test_workers_import_what_the_trainer_imported(tmp_path, monkeypatch):
+    (tmp_path / "halonet").mkdir()
+    (tmp_path / "halonet" / "__init__.py").write_text("raise ImportError('another halonet')")
+    monkeypatch.chdir(tmp_path)
+    take(1, Numbered(), workers=1)
+
+
 @pytest.mark.parametrize(
     "leave",
     [

@@ -43,6 +43,7 @@ Make = collections.abc.Callable[[int, int], collections.abc.Iterator[Batch]]
 AVAILABLE = hasattr(os, "memfd_create")
 _ALIGNMENT = 64  # bytes: what JAX takes over on a CPU without a copy
 _MESSAGE = 1 << 16  # bytes, at most, of what describes a batch
+_TEXT = 4000  # characters, at most, of an error: in JSON one may take 12 bytes
 _POLL_SECONDS = 0.1
 _STOP_SECONDS = 10.0
 _STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
@@ -74,12 +75,16 @@ class WorkerBatches:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
         try:
             nursery = subprocess.Popen(
-                [sys.executable, "-c", f"from halonet.data import workers; workers.run({numbers})"],
+                # -P: the same modules as here, whatever lies in the current folder.
+                [
+                    *(sys.executable, "-P", "-c"),
+                    f"from halonet.data import workers; workers.run({numbers})",
+                ],
                 pass_fds=numbers,
                 # One thread: more would not survive the fork, and cores are what workers are for.
                 env={
                     **os.environ,
-                    "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+                    "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
                     "OPENBLAS_NUM_THREADS": "1",
                     "OMP_NUM_THREADS": "1",
                 },
@@ -157,20 +162,6 @@ def _opened(told: dict, file: int) -> Batch:
     }
 
 
-def _send(link: socket.socket, batch: Batch) -> None:
-    arrays, at = {}, 0
-    file = os.memfd_create("halonet-batch")
-    with os.fdopen(file, "wb") as memory:
-        for name, array in batch.items():
-            at = -(-at // _ALIGNMENT) * _ALIGNMENT
-            memory.seek(at)
-            memory.write(np.ascontiguousarray(array))
-            arrays[name] = (array.dtype.str, array.shape, at)
-            at += array.nbytes
-        memory.flush()
-        socket.send_fds(link, [json.dumps({"arrays": arrays, "bytes": at}).encode()], [file])
-
-
 def _stop(nursery: subprocess.Popen, control, links: list[socket.socket]) -> None:
     control.close()
     for link in links:
@@ -205,14 +196,18 @@ def run(numbers: list[int]) -> None:
         for index, link in enumerate(links):
             pid = os.fork()
             if pid == 0:
+                code = 1
                 try:
                     control.close()
                     for other in links:
                         if other is not link:
                             other.close()
                     _work(link, make, index, len(links))
+                    code = 0
+                except BaseException:  # nothing above would print it
+                    traceback.print_exc()
                 finally:
-                    os._exit(0)
+                    os._exit(code)
             running[pid] = index
         for link in links:
             link.close()
@@ -242,29 +237,48 @@ def _import_grain() -> None:
 def _work(link: socket.socket, make: Make, index: int, count: int) -> None:
     """A worker: makes a batch for each "+" that comes, until the other end closes."""
     batches = None
-    with contextlib.suppress(OSError):  # the other end is gone
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the other end is gone
         while asked := link.recv(_MESSAGE):
             for _ in asked:
                 try:
                     batches = batches or make(index, count)
-                    batch = next(batches)
+                    told, memory = _stored(next(batches))
                 except StopIteration:
                     told = {"end": True}
                 except DataError as error:
-                    told = {"error": str(error)}
+                    told = {"error": _cut(str(error))}
                 except Exception as error:
                     told = {
-                        "error": f"worker process {index} of {count} failed: {_line(error)}; "
-                        "data.workers=0 shows where"
+                        "error": f"worker process {index} of {count} failed: "
+                        f"{_cut(_line(error))}; data.workers=0 shows where"
                     }
                 else:
-                    _send(link, batch)
+                    with memory:
+                        socket.send_fds(link, [json.dumps(told).encode()], [memory.fileno()])
                     continue
                 link.send(json.dumps(told).encode())
                 # Not to end: what lies in the socket is lost if an end closes with some unread.
                 while link.recv(_MESSAGE):
                     pass
                 return
+
+
+def _stored(batch: Batch) -> tuple[dict, typing.BinaryIO]:
+    """What describes a batch, and the file in memory that holds it."""
+    arrays, at = {}, 0
+    memory = os.fdopen(os.memfd_create("halonet-batch"), "wb")
+    for name, array in batch.items():
+        at = -(-at // _ALIGNMENT) * _ALIGNMENT
+        memory.seek(at)
+        memory.write(np.ascontiguousarray(array))
+        arrays[name] = (array.dtype.str, array.shape, at)
+        at += array.nbytes
+    memory.flush()
+    return {"arrays": arrays, "bytes": at}, memory
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _TEXT else f"{text[:_TEXT]} ..."
 
 
 def _line(error: Exception) -> str:
