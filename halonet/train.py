@@ -160,6 +160,8 @@ def train_and_evaluate(
             batch_size=config.data.batch_size,
             examples=len(train_source),
             start_step=start,
+            # Not in the checkpoints of older versions.
+            before=read_meta(step_folder(workdir, start)).get("damaged", {}) if start else {},
         )
         progress = Progress(
             total=total,
@@ -258,8 +260,11 @@ def train_and_evaluate(
                 # A checkpoint never knows more than the record: its row is written first.
                 record(step, metrics, write=row_due)
                 unrecorded = None
+                for seen in in_flight:
+                    damage.add(int(seen.get("damaged", 0)))
+                in_flight.clear()
                 watchdog.at("saving a checkpoint")
-                checkpointer.save(step, state, meta)
+                checkpointer.save(step, state, {**meta, "damaged": damage.counted()})
             if eval_due(step):
                 evaluate(step)
             if stopping and step < total:
@@ -269,9 +274,6 @@ def train_and_evaluate(
         watchdog.at("waiting for the checkpoint")
         checkpointer.wait()
         watchdog.at("drawing predictions")
-        for seen in in_flight:
-            damage.add(int(seen.get("damaged", 0)))
-
         variables = state.ema or {"params": state.params, "batch_stats": state.batch_stats}
         evaluate_lib.draw_predictions(
             evaluate_lib.make_predict_step(model, config, mesh),
@@ -283,7 +285,7 @@ def train_and_evaluate(
         )
         summary = _summarise(log.rows(), total, abstract_state.params, time.perf_counter() - began)
         if config.data.damaged == "skip":
-            summary["damaged"] = damage.total()  # of this start
+            summary["damaged"] = damage.counted()["total"]
         if primary:
             log.finish()
             plots.learning_curves(log.rows(), workdir / "curves.png")

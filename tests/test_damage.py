@@ -11,7 +11,25 @@ def test_each_epoch_may_have_as_many_as_the_limit():
     count = DamageCount(limit=3, batch_size=8, examples=20)
     for places in (1, 0, 2, 3, 0, 3):
         count.add(places)
-    assert count.total() == 9
+    assert count.counted() == {"epoch": 3, "total": 9}
+    count.add(0)  # the last to begin in the third
+    count.add(0)
+    assert count.counted() == {"epoch": 0, "total": 9}
+
+
+def test_a_restart_has_no_allowance_of_its_own():
+    places = (1, 0, 1, 3, 0, 2, 0, 2)  # the last one too many, in an epoch of 5 to 7
+    for stop in range(len(places)):
+        count = DamageCount(limit=3, batch_size=8, examples=20)
+        for number in places[:stop]:
+            count.add(number)
+        count = DamageCount(
+            limit=3, batch_size=8, examples=20, start_step=stop, before=count.counted()
+        )
+        for number in places[stop:-1]:
+            count.add(number)
+        with pytest.raises(DataError, match="^4 damaged images in epoch 3, by step 8, and"):
+            count.add(places[-1])
 
 
 @pytest.mark.parametrize(("limit", "places"), [(3, (1, 0, 2, 3, 1)), (0, (0, 0, 0, 0, 1))])

@@ -305,7 +305,7 @@ def test_a_late_compilation_would_be_noticed():
 
 
 @pytest.mark.middle
-def test_a_damaged_image_ends_the_run_or_is_counted(tmp_path, caplog):
+def test_a_damaged_image_ends_the_run_or_is_counted(tmp_path, caplog, monkeypatch):
     from PIL import Image
 
     for label in "ab":
@@ -325,6 +325,7 @@ def test_a_damaged_image_ends_the_run_or_is_counted(tmp_path, caplog):
             "data.batch_size": 16,
             "eval.batch_size": 16,
             "train.steps": 6,  # four epochs of 24
+            "checkpoint.every_steps": 1,
             "log.every_steps": 1,
             **{f"data.{key}": value for key, value in settings.items()},
         }
@@ -338,8 +339,16 @@ def test_a_damaged_image_ends_the_run_or_is_counted(tmp_path, caplog):
     counts = [row["train/damaged"] for row in rows if "train/damaged" in row]
     assert (len(counts), sum(counts)) == (6, 4)
     assert caplog.text.count(f"{damaged} is not a readable image; others take its place") == 1
-    with pytest.raises(DataError, match=r"^1 damaged images in epoch 1, by step \d, and "):
-        run("none", damaged="skip", damaged_limit=0)
+    # A later start counts on from the checkpoint: of the whole run, and of an epoch. The limit ends
+    # a run before the checkpoint that would hide it, the last one too.
+    with monkeypatch.context() as patch:
+        crash_after_saving(4, patch)
+        with pytest.raises(CrashError):
+            run("crashed", damaged="skip", damaged_limit=1)
+    assert run("crashed", damaged="skip", damaged_limit=1)["damaged"] == 4
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"^1 damaged images in epoch 1, by step \d, and "):
+            run("none", damaged="skip", damaged_limit=0)
 
 
 @pytest.mark.middle

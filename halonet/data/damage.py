@@ -1,6 +1,7 @@
 """How many damaged images a run has passed over, and whether that is too many."""
 
-import collections
+import types
+from collections.abc import Mapping
 
 from halonet.data.errors import DataError
 
@@ -15,24 +16,40 @@ class DamageCount:
       batch_size: of the global batch.
       examples: of the training split, an epoch's worth.
       start_step: steps taken before the first that is counted.
+      before: what `counted` gave after them; empty: nothing was.
     """
 
-    def __init__(self, *, limit: int, batch_size: int, examples: int, start_step: int = 0):
+    def __init__(
+        self,
+        *,
+        limit: int,
+        batch_size: int,
+        examples: int,
+        start_step: int = 0,
+        before: Mapping[str, int] = types.MappingProxyType({}),
+    ):
         self._limit, self._batch_size, self._examples = limit, batch_size, examples
         self._step = start_step
-        self._epochs: collections.Counter[int] = collections.Counter()
+        counts = {"epoch": 0, "total": 0, **before}
+        self._in_epoch, self._total = counts["epoch"], counts["total"]
 
     def add(self, places: int) -> None:
         """Counts those of the next step; DataError where its epoch has more than the limit."""
-        epoch = self._step * self._batch_size // self._examples
+        epoch = self._epoch()
         self._step += 1
-        self._epochs[epoch] += places
-        if self._epochs[epoch] > self._limit:
+        self._in_epoch += places
+        self._total += places
+        if self._in_epoch > self._limit:
             raise DataError(
-                f"{self._epochs[epoch]} damaged images in epoch {epoch + 1}, by step {self._step}, "
+                f"{self._in_epoch} damaged images in epoch {epoch + 1}, by step {self._step}, "
                 f"and config.data.damaged_limit={self._limit}; the log names them"
             )
+        if self._epoch() > epoch:
+            self._in_epoch = 0
 
-    def total(self) -> int:
-        """All that were counted."""
-        return self._epochs.total()
+    def counted(self) -> dict[str, int]:
+        """Places of the run, "total", and of the epoch that its next step is of, "epoch"."""
+        return {"epoch": self._in_epoch, "total": self._total}
+
+    def _epoch(self) -> int:
+        return self._step * self._batch_size // self._examples
