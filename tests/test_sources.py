@@ -288,6 +288,52 @@ def test_tfds_half_prepared_data(data_dir, tmp_path):
     sources.open_source("toy/large", "val", data_dir=str(tmp_path), image_size=16)
 
 
+def test_tfds_says_that_its_description_is_damaged(data_dir, tmp_path):
+    shutil.copytree(data_dir / "toy", tmp_path / "toy")
+    info = tmp_path / "toy" / "1.0.0" / "dataset_info.json"
+    for text in ("", info.read_text()[:100]):
+        info.write_text(text)
+        fails(
+            rf"data set 'toy' in {info.parent} cannot be opened: Failed to load JSON",
+            *("toy", "train"),
+            data_dir=str(tmp_path),
+        )
+
+
+def test_tfds_what_is_half_written_is_no_version(data_dir, tmp_path):
+    shutil.copytree(data_dir / "toy", tmp_path / "toy")
+    shutil.copytree(data_dir / "toy" / "1.0.0", tmp_path / "toy" / "incomplete.A9BCDE_1.0.0")
+    source = sources.open_source("toy", "train", data_dir=str(tmp_path), image_size=16)
+    assert source.folder == tmp_path / "toy" / "1.0.0"
+
+
+def test_tfds_labels_found_right_are_among_the_classes(tmp_path):
+    import tensorflow_datasets as tfds
+
+    names = ["ant", "bee", "cat"]
+    features = {
+        "image": tfds.features.Image(shape=(None, None, 3)),
+        "original_label": tfds.features.ClassLabel(names=names),
+        "real_label": tfds.features.Sequence(tfds.features.Scalar(np.int64)),
+        "file_name": tfds.features.Text(),
+    }
+    sets = [[], [0, 2], [-1], [1, 3]]
+    prepare(tmp_path, labels=lambda i: sets[i], features=features, splits={"val": len(sets)})
+    source = sources.open_source("toy", "val", data_dir=str(tmp_path), image_size=16)
+    found = []
+    for index in range(len(sets)):
+        try:
+            found.append(str(source[index]["labels"].tolist()))
+        except DataError as error:
+            found.append(str(error).partition(" has ")[2])
+    assert sorted(found) == [
+        "[0, 0, 0]",
+        "[1, 0, 1]",
+        "label -1, and there are 3 classes; the split has no labels",
+        "label 3, and there are 3 classes",
+    ]
+
+
 def test_tfds_prepared_as_tfrecord_only(data_dir, tmp_path):
     shutil.copytree(data_dir / "toy", tmp_path / "toy")
     folder = tmp_path / "toy" / "1.0.0"

@@ -258,7 +258,7 @@ class TfdsImages(_Numbered):
             "hash": hashlib.sha256(known).hexdigest()[:16],
         }
         # A split without labels is refused now, not when a run first evaluates.
-        self._check_label(0, self._read(0))
+        self._check_label(0, self._read(0)[self._label])
 
     def __len__(self) -> int:
         return len(self._records)
@@ -271,10 +271,11 @@ class TfdsImages(_Numbered):
 
     def __getitem__(self, index: int) -> Example:
         record = self._read(index)
-        example = {"image": record["image"], "label": self._check_label(index, record)}
+        example = {"image": record["image"], "label": self._check_label(index, record[self._label])}
         if self._sets:
             example["labels"] = np.zeros(len(self.classes), np.int32)
-            example["labels"][record["real_label"]] = 1
+            for label in record["real_label"]:
+                example["labels"][self._check_label(index, label)] = 1
         return example
 
     def _read(self, index: int) -> dict[str, typing.Any]:
@@ -290,8 +291,8 @@ class TfdsImages(_Numbered):
             )
         return record
 
-    def _check_label(self, index: int, record: dict[str, typing.Any]) -> int:
-        label = int(record[self._label])
+    def _check_label(self, index: int, label: typing.SupportsInt) -> int:
+        label = int(label)
         if not 0 <= label < len(self.classes):
             raise DataError(
                 f"{self.where(index)} has label {label}, and there are {len(self.classes)} classes"
@@ -317,12 +318,13 @@ def open_prepared(name: str, *, data_dir: str) -> tuple[typing.Any, typing.Any]:
     Raises DataError if it is not there, half prepared, or not prepared as ArrayRecord.
     """
     import tensorflow_datasets as tfds
+    from google.protobuf import json_format
 
     folder = _prepared_folder(data_root(data_dir), name)
     try:
         builder = tfds.builder_from_directory(folder)
         formats = {file_format.value for file_format in builder.info.available_file_formats()}
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, json_format.Error) as error:
         raise DataError(
             f"data set {name!r} in {folder} cannot be opened: {_line(error)}"
         ) from error
@@ -380,7 +382,7 @@ def _prepared_folder(root: typing.Any, name: str) -> typing.Any:
     versions = {
         entry.name: entry
         for entry in (root / base).iterdir()
-        if (entry / "dataset_info.json").is_file()
+        if (entry / "dataset_info.json").is_file() and not entry.name.startswith("incomplete.")
     }
     if version in versions:
         return versions[version]
