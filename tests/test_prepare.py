@@ -163,8 +163,17 @@ def test_what_is_there_must_be_whole(toy, tmp_path, manual):
     info = folder / "dataset_info.json"
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
     fails(tmp_path, manual, rf"prepared as tfrecord, .* convert it with: .*{again}")
+    info.write_text(info.read_text()[:50])
+    fails(tmp_path, manual, "has a damaged dataset_info.json: .*; remove the folder of that file")
+    # Then nothing is known of it, and TFDS would pass it over as prepared.
     info.unlink()
-    fails(tmp_path, manual, rf"is not fully prepared .*{again}")
+    aside = folder.with_name("1.0.0.incomplete")
+    counts, said = prepared(tmp_path, manual)[1:]
+    assert counts == {"train": 4, "val": 2}
+    assert f"moving {folder}, which has no dataset_info.json, to {aside}" in said
+    assert list(aside.glob("toy-train*"))
+    source = sources.open_source("toy", "val", data_dir=str(tmp_path / "data"), image_size=8)
+    assert source.folder == folder
 
 
 def test_names_and_places_that_cannot_be(tmp_path, manual):
@@ -182,6 +191,17 @@ def test_names_and_places_that_cannot_be(tmp_path, manual):
         DataError, match="gs://bucket/data is in a bucket; prepare in a local folder"
     ):
         prepare.prepare("imagenet2012", manual_dir=str(manual), data_dir="gs://bucket/data")
+
+
+def test_places_that_cannot_be_written(toy, tmp_path, manual):
+    (tmp_path / "data").write_text("a file")
+    fails(
+        tmp_path, manual, r"^(data set 'toy'|toy) cannot be prepared.*: .*Not a directory|File ex"
+    )
+    (tmp_path / "data").unlink()
+    (tmp_path / "data" / "toy").mkdir(parents=True)
+    (tmp_path / "data" / "toy" / "incomplete.x").write_text("a file")
+    fails(tmp_path, manual, r"^toy cannot be prepared in .*: .*Not a directory: .*incomplete\.x")
 
 
 def test_archives_are_those_that_tfds_asks_for():

@@ -22,6 +22,7 @@ from typing import Any
 from halonet.data import sources
 from halonet.data.errors import DataError
 
+_INFO = "dataset_info.json"  # TFDS writes it last
 _SCRATCH = ".preparing."  # TFDS's downloads and extractions; hidden, so that it is no data set
 
 
@@ -30,7 +31,8 @@ def prepare(
 ) -> tuple[pathlib.Path, dict[str, int]]:
     """Writes the shards of a data set, unless they are there already.
 
-    What an interrupted preparation left is removed first.
+    What an interrupted preparation left is removed first, and a folder of the shards that has no
+    dataset_info.json is moved aside.
 
     Args:
       name: as TFDS writes it: "imagenet2012", "imagenet_v2/matched-frequency".
@@ -41,11 +43,25 @@ def prepare(
     Returns the folder of the shards, and the number of examples of each split.
 
     Raises DataError, in one line, if no data set has this name, an archive is missing or damaged,
-    the disk is too small, or what is there already cannot be read.
+    the disk is too small, or what is there already cannot be read, or nothing written there.
     """
     builder = _builder(name, data_dir)
     folder = pathlib.Path(builder.data_path)
-    if folder.exists():
+    try:
+        return _prepare(builder, folder, name, manual_dir, data_dir, say)
+    except OSError as error:
+        raise DataError(f"{name} cannot be prepared in {folder}: {_one_line(error)}") from error
+
+
+def _prepare(
+    builder: Any,
+    folder: pathlib.Path,
+    name: str,
+    manual_dir: str,
+    data_dir: str,
+    say: Callable[[str], None],
+) -> tuple[pathlib.Path, dict[str, int]]:
+    if (folder / _INFO).exists():
         try:
             counts = _verified(builder, data_dir)
         except DataError as error:
@@ -58,6 +74,10 @@ def prepare(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _alone(folder.parent):
         _remove_leftovers(folder.parent, say)
+        if folder.exists() and not (folder / _INFO).exists():  # TFDS would take it for prepared
+            aside = folder.with_name(f"{folder.name}.incomplete")
+            say(f"moving {folder}, which has no {_INFO}, to {aside}")
+            folder.rename(aside)
         _check_disk(folder.parent, [manual / archive for archive in archives])
         say(f"preparing {name} from {manual} in {folder}")
         with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=folder.parent) as scratch:
@@ -104,6 +124,8 @@ def _builder(name: str, data_dir: str) -> Any:
         raise DataError(
             f"data_dir {root} is in a bucket; prepare in a local folder, then copy it there"
         )
+    from google.protobuf import json_format
+
     match = re.fullmatch(r"\w+(?:/([\w.-]+))?(?::([\w.]+))?", name)
     if match is None:
         raise DataError(f"data set {name!r} is no name; such as imagenet2012")
@@ -111,6 +133,11 @@ def _builder(name: str, data_dir: str) -> Any:
     given = {key: value for key, value in given.items() if value}
     try:
         return _builder_class(name)(data_dir=os.fspath(root), **given)
+    except json_format.Error as error:
+        raise DataError(
+            f"data set {name!r} under {root} has a damaged {_INFO}: {_one_line(error)}; remove the "
+            "folder of that file and prepare it again"
+        ) from error
     except (AssertionError, ValueError, OSError) as error:
         if isinstance(error, DataError):
             raise
