@@ -156,7 +156,11 @@ def test_a_share_of_train_is_held_out_by_the_same_hash(tmp_path):
     fails("'val.0%:1%.' .* has 0 images", tmp_path, "val[0%:1%]")
     fill(tmp_path / "train" / "elk", ["0.jpg"])
     share = "train[:50%]" if fraction("train/elk/0.jpg") >= 0.5 else "train[50%:]"
-    fails("leaves no image for training: elk", tmp_path, share)
+    fails("leaves no image for training: elk; add images or take another share$", tmp_path, share)
+    share = share.replace("train", "val")
+    fill(tmp_path / "val" / "elk", ["0.jpg"])
+    fill(tmp_path / "val" / "cat", [f"{i}.jpg" for i in range(20)])
+    assert "elk" in FolderImages(tmp_path, share).classes  # none of it in the share, which may be
 
 
 def test_images_stay_in_their_split_whatever_comes_and_goes(classes):
@@ -281,7 +285,12 @@ def test_classes_without_images(divided, tmp_path_factory):
 def test_a_class_that_is_held_out_whole(tmp_path):
     fill(tmp_path / "cat", ["1.jpg"])
     (seed,) = (s for s in range(9) if hashlib.sha256(b"%d/cat/1.jpg" % s).digest()[0] < 0.1 * 255)
-    fails(f"seed={seed} leaves no image for training: cat", tmp_path, "train", seed=seed)
+    fails(
+        f"seed={seed} leaves no image for training: cat; add images or divide it into train/ and "
+        "val/ yourself$",
+        *(tmp_path, "train"),
+        seed=seed,
+    )
     assert len(FolderImages(tmp_path, "val", seed=seed)) == 1
     fails("split 'val' of folder .* has 0 images", tmp_path, "val", seed=seed + 1)
 

@@ -79,7 +79,7 @@ class FolderImages:
         if divided:
             self._root = root / _split_folder(root, base, inside)
             self.classes = tuple(_folders(root / "train" if "train" in inside else self._root))
-            for_training = 0.5 <= high - low < 1
+            for_training = _ALIASES[base] == "train" and 0.5 <= high - low < 1
         else:
             if _ALIASES.get(split) not in ("train", "val"):
                 raise DataError(
@@ -101,7 +101,8 @@ class FolderImages:
         if without and for_training:
             raise DataError(
                 f"folder {root} has classes of which seed={seed} leaves no image for training: "
-                f"{_listed(without)}; add images or take another seed"
+                f"{_listed(without)}; add images or "
+                + ("take another share" if divided else "divide it into train/ and val/ yourself")
             )
         if len(self) == 0:
             raise DataError(f"split {split!r} of folder {root} has 0 images")
