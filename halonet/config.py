@@ -219,9 +219,10 @@ def check_values(config: ConfigDict) -> None:
     if not 0 < flat["data.crop_pct"] <= 1:
         raise ConfigError(f"config.data.crop_pct={flat['data.crop_pct']} must be above 0, up to 1")
     for key, most in (("augment.erase_area", 1.0), ("augment.erase_aspect", math.inf)):
-        if len(flat[key]) != 2 or not 0 < flat[key][0] <= flat[key][1] <= most:
+        numbers = _finite(flat[key])
+        if len(flat[key]) != 2 or len(numbers) != 2 or not 0 < numbers[0] <= numbers[1] <= most:
             raise ConfigError(
-                f"config.{key}={flat[key]} must be two numbers above 0, the smaller first"
+                f"config.{key}={flat[key]} must be two finite numbers above 0, the smaller first"
                 + (f", none above {most:g}" if most < math.inf else "")
             )
     try:
@@ -229,8 +230,7 @@ def check_values(config: ConfigDict) -> None:
     except ValueError as error:
         raise ConfigError(f"config.augment: {error}") from error
     for key in ("data.mean", "data.std"):
-        numbers = [x for x in flat[key] if isinstance(x, int | float) and math.isfinite(x)]
-        if len(flat[key]) != 3 or len(numbers) != 3:
+        if len(flat[key]) != 3 or len(_finite(flat[key])) != 3:
             raise ConfigError(f"config.{key}={flat[key]} must have three numbers, one a channel")
     if min(flat["data.std"]) <= 0:
         raise ConfigError(f"config.data.std={flat['data.std']} must be above 0")
@@ -247,6 +247,11 @@ def check_values(config: ConfigDict) -> None:
     for key, known in choices.items():
         if flat[key] not in known:
             raise ConfigError(f"config.{key}={flat[key]!r} is not one of {', '.join(known)}")
+
+
+def _finite(values: Sequence[Any]) -> list[float]:
+    """Those that are numbers, and finite ones."""
+    return [x for x in values if isinstance(x, int | float) and math.isfinite(x)]
 
 
 def validate(config: ConfigDict, *, num_classes: int) -> HaloNet:
