@@ -5,6 +5,7 @@ python main.py --config=configs/mnist.py --workdir=runs/mnist --mode=evaluate
 """
 
 import sys
+import traceback
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -59,9 +60,11 @@ def main(argv: list[str]) -> None:
     except Exception as error:
         code = getattr(error, "exit_code", None)
         if code is None:
-            raise
-        print(f"error: {error}" if code != runtime.PREEMPTED else error, file=sys.stderr)
-        sys.exit(code)
+            traceback.print_exc()
+            code = 1
+        else:
+            print(f"error: {error}" if code != runtime.PREEMPTED else error, file=sys.stderr)
+        runtime.leave(code)
 
 
 if __name__ == "__main__":

@@ -149,7 +149,10 @@ def saved_steps(workdir: epath.PathLike) -> list[int]:
 
 
 def write_manifest(folder: epath.PathLike) -> None:
-    """Writes manifest.json: the SHA-256 of each file under `folder`, by its relative path."""
+    """Writes manifest.json: the SHA-256 of each file under `folder`, by its relative path.
+
+    A file that cannot be read gets none, and counts as damaged.
+    """
     folder = _absolute(folder)
     text = json.dumps({"sha256": _hashes(folder)}, indent=1, sort_keys=True)
     (folder / MANIFEST).write_text(text + "\n")
@@ -171,12 +174,12 @@ def verify(folder: epath.PathLike) -> None:
                 return
             raise CheckpointError(f"{folder} is damaged: it has no {MANIFEST}")
         recorded = json.loads(manifest.read_text())["sha256"].items()
-    except (ValueError, KeyError, AttributeError) as error:
+        found = _hashes(folder)
+    except (OSError, ValueError, KeyError, AttributeError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{folder} is damaged: {MANIFEST}: {_line(error)}") from error
-    found = _hashes(folder)
-    damaged = sorted(name for name, digest in recorded if found.get(name) != digest)
+    damaged = sorted(name for name, it in recorded if not it or found.get(name) != it)
     if damaged:
         listed = ", ".join(damaged[:3]) + (f" and {len(damaged) - 3} more" if damaged[3:] else "")
         raise CheckpointError(f"{folder} is damaged: not as they were saved: {listed}")
@@ -185,9 +188,12 @@ def verify(folder: epath.PathLike) -> None:
 def _hashes(folder: epath.Path) -> dict[str, str]:
     def digest(path: epath.Path) -> str:
         found = hashlib.sha256()
-        with path.open("rb") as file:
-            while block := file.read(1 << 22):
-                found.update(block)
+        try:
+            with path.open("rb") as file:
+                while block := file.read(1 << 22):
+                    found.update(block)
+        except OSError:
+            return ""  # no file's
         return found.hexdigest()
 
     files = [path for path in _files(folder) if path.name not in _NOT_IN_MANIFEST]

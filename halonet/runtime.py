@@ -20,6 +20,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from typing import NoReturn
 
 import jax
 from etils import epath
@@ -46,6 +47,7 @@ PEAK_FLOPS = {
 PREEMPTED = 75  # exit code: saved, start me again (EX_TEMPFAIL)
 HUNG = 6  # exit code: no step for too long
 _IMPORTED = time.perf_counter()
+_HEARTBEAT_SECONDS = 50  # without one from a process, the others end
 
 
 class DistributedError(ValueError):
@@ -64,6 +66,14 @@ class LockedError(ValueError):
     """A workdir that another run is using. The message is one line."""
 
     exit_code = 2
+
+
+class RefusedError(ValueError):
+    """Process 0 refuses what was asked of all, and says why."""
+
+    def __init__(self, exit_code: int):
+        super().__init__("process 0 refused; it says why")
+        self.exit_code = exit_code
 
 
 def join_processes(*, coordinator: str = "", process_id: int = -1, process_count: int = 0) -> str:
@@ -101,10 +111,23 @@ def join_processes(*, coordinator: str = "", process_id: int = -1, process_count
 
 def _initialize(how: str, *settings) -> None:
     try:
-        jax.distributed.initialize(*settings)
+        jax.distributed.initialize(*settings, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
     except (RuntimeError, ValueError) as error:
         line = " ".join(str(error).split())
         raise DistributedError(f"cannot join the other processes ({how}): {line}") from error
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process with an exit code; one of several at once.
+
+    JAX's own leaving waits minutes for the others, who wait for this one in a step that it will
+    never join; when it is gone, theirs ends them.
+    """
+    if jax.process_count() > 1 and code not in (0, PREEMPTED):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _cluster_size() -> int:
@@ -165,22 +188,34 @@ def _start_ticks(pid: int | str) -> int:
     """When a process of this machine began, in clock ticks since boot; 0 where there is none."""
     try:
         with open(f"/proc/{pid}/stat") as file:
-            # Behind the name of the program, which may hold anything: proc(5), starttime.
-            return int(file.read().rpartition(")")[2].split()[19])
+            # Behind the name of the program, which may hold anything: proc(5), state, starttime.
+            state, *rest = file.read().rpartition(")")[2].split()
     except OSError:
         return 0
+    return int(rest[18]) if state not in "ZX" else 0  # not those dead and not yet waited for
+
+
+def _machine() -> str:
+    """What process numbers are unique in: this boot of this machine, and this namespace."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
 
 
 class WorkdirLock:
     """A context in which no second run may use a workdir: two would delete each other's steps.
 
     The lock is a small file with its owner and a heartbeat, so that it works on every file system
-    and in buckets. A stale one (of a process of this machine that is gone, or of another machine
-    without a heartbeat for `stale` seconds) is taken over with a notice.
+    and in buckets. A stale one is taken over with a notice: that of a process of this machine which
+    is gone, or of another machine whose heartbeat does not change for `stale` seconds, by our clock
+    alone. So a run that was killed and is started again elsewhere waits for so long.
 
     Args:
       workdir: made where it does not exist; may be gs://.
-      force: takes the lock of a living owner too, who then stops at its next heartbeat.
+      force: takes the lock of a living owner too, who stops at its next heartbeat, and waits for
+        that.
       enabled: False: nothing is done (one process of several holds the lock).
       heartbeat, stale: seconds.
     """
@@ -193,43 +228,58 @@ class WorkdirLock:
         *,
         force: bool = False,
         enabled: bool = True,
-        heartbeat: float = 15.0,
-        stale: float = 90.0,
+        heartbeat: float = 10.0,
+        stale: float = 45.0,
     ):
         self._path = epath.Path(workdir) / self.NAME
         self._force, self._enabled = force, enabled
         self._heartbeat, self._stale = heartbeat, stale
         self._mine = {
             "host": socket.gethostname(),
+            "machine": _machine(),
             "pid": os.getpid(),
             "start_ticks": _start_ticks("self"),
             "since": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "token": uuid.uuid4().hex,
         }
-        self._lost = ""
+        self._lost, self._new = "", False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lock", daemon=True)
 
     def __enter__(self) -> WorkdirLock:
-        """Raises LockedError where a living process holds the lock, naming it."""
+        """Raises LockedError where a living process holds the lock, naming it, or where the workdir
+        cannot be written."""
         if not self._enabled:
             return self
         owner = self._owner()
         if owner:
             who = self._describe(owner)
-            if self._alive(owner) and not self._force:
+            if not self._force and self._alive(owner):
                 raise LockedError(
                     f"{self._path.parent} is in use by {who}; stop that run, take another "
                     "--workdir, or --force to take it over"
                 )
             print(f"taking over {self._path.parent} from {who}")
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._write()
-        # Of two that start at once both may have found it free; the later writer has it.
-        time.sleep(0.2)
+        try:
+            self._new = not self._path.parent.exists()
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            began = time.monotonic()
+            self._write()
+            # Of two that start at once both may have found it free; the later writer has it.
+            time.sleep(max(0.2, 3 * (time.monotonic() - began)))
+        except OSError as error:
+            raise LockedError(
+                f"--workdir={self._path.parent} cannot be written: {error.strerror}"
+            ) from error
         self._look()
         self.check()
         self._thread.start()
+        if owner and self._force and not self._gone(owner):
+            # Its save in flight and its next step are its own: nothing is read before it stopped.
+            print(f"waiting {self._stale:.0f} s at most for that run to stop")
+            deadline = time.monotonic() + self._stale
+            while not self._gone(owner) and time.monotonic() < deadline:
+                time.sleep(0.2)
         return self
 
     def __exit__(self, *exc_info) -> None:
@@ -239,6 +289,9 @@ class WorkdirLock:
         self._thread.join()
         if not self._lost:
             self._path.unlink(missing_ok=True)
+            if self._new:
+                with contextlib.suppress(OSError):  # it is a run's now
+                    self._path.parent.rmdir()
 
     def check(self) -> None:
         """Raises LockedError where another run has taken the lock since."""
@@ -247,42 +300,56 @@ class WorkdirLock:
 
     def _beat(self) -> None:
         while not self._stop.wait(self._heartbeat) and not self._lost:
-            # A file system that is away for a while is no reason to stop a run.
-            with contextlib.suppress(OSError):
+            # A file system that is away for a while is no reason to stop a run; what a bucket
+            # raises then is not always an OSError.
+            with contextlib.suppress(Exception):
                 self._look()
                 if not self._lost:
                     self._write()
 
     def _look(self) -> None:
         owner = self._owner()
-        if owner and owner.get("token") != self._mine["token"]:
-            self._lost = self._describe(owner)
+        if owner.get("token") != self._mine["token"]:
+            self._lost = self._describe(owner) if owner else "a run that has ended since"
 
     def _owner(self) -> dict:
         """What is in the file; {} where there is none, or none that says anything."""
         try:
             owner = json.loads(self._path.read_text())
-            return owner if isinstance(owner, dict) else {}
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, NotADirectoryError, ValueError):
             return {}
+        return owner if isinstance(owner, dict) and "token" in owner else {}
 
     def _write(self) -> None:
-        part = self._path.with_name(f"{self.NAME}.{self._mine['token'][:8]}")
-        part.write_text(json.dumps({**self._mine, "heartbeat": time.time()}) + "\n")
-        part.replace(self._path)
+        text = json.dumps({**self._mine, "heartbeat": time.time()}) + "\n"
+        if "://" in str(self._path):
+            self._path.write_text(text)
+        else:
+            part = self._path.with_name(f"{self.NAME}.{os.getpid()}")
+            part.write_text(text)
+            part.replace(self._path)
+
+    def _here(self, owner: dict) -> bool:
+        """Whether the owner's process number means something here."""
+        return bool(owner.get("machine")) and owner["machine"] == self._mine["machine"]
+
+    def _gone(self, owner: dict) -> bool:
+        # The number of a process that is gone is given to another one some day.
+        return self._here(owner) and _start_ticks(owner.get("pid")) != owner.get("start_ticks")
 
     def _alive(self, owner: dict) -> bool:
-        if owner.get("host") == self._mine["host"] and self._mine["start_ticks"]:
-            # The number of a process that is gone is given to another one some day.
-            return _start_ticks(owner.get("pid", 0)) == owner.get("start_ticks")
-        return time.time() - owner.get("heartbeat", 0) < self._stale
+        if self._here(owner):
+            return not self._gone(owner)
+        print(f"{self._path.parent} was used by {self._describe(owner)}; looking for a heartbeat")
+        deadline = time.monotonic() + self._stale
+        while time.monotonic() < deadline:
+            time.sleep(min(1.0, self._stale / 20))
+            if self._owner() != owner:
+                return True
+        return False
 
     def _describe(self, owner: dict) -> str:
-        age = time.time() - owner.get("heartbeat", 0)
-        return (
-            f"process {owner.get('pid')} on {owner.get('host')} (since {owner.get('since')}, "
-            f"last heartbeat {age:.0f} s ago)"
-        )
+        return f"process {owner.get('pid')} on {owner.get('host')} (since {owner.get('since')})"
 
 
 class Watchdog:
@@ -326,13 +393,11 @@ class Watchdog:
         while not self._stop.wait(min(1.0, self._seconds / 4)):
             what, since = self._now
             if time.monotonic() - since > self._seconds:
-                print(
-                    f"error: no progress for {self._seconds:g} s while {what}; where each "
-                    "thread stands:",
-                    file=sys.stderr,
-                )
-                sys.stderr.flush()
-                faulthandler.dump_traceback(all_threads=True)
+                line = f"error: no progress for {self._seconds:g} s while {what}; where each "
+                # The number itself: whatever has become of sys.stderr, the process has to end.
+                with contextlib.suppress(OSError):
+                    os.write(2, f"{line}thread stands:\n".encode())
+                    faulthandler.dump_traceback(file=2, all_threads=True)
                 self._leave(HUNG)
                 return
 

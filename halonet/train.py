@@ -8,6 +8,7 @@ import functools
 import json
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from halonet import metrics as metrics_lib
 from halonet import optim, plots, recipe, run, runtime, sharding, steps
 from halonet.checkpoint import (
     Checkpointer,
+    CheckpointError,
     abstract_on,
     newest_good_step,
     read_meta,
@@ -88,9 +90,16 @@ def train_and_evaluate(
         _say_result(summary, workdir, "has ended already")
         return summary
     with contextlib.ExitStack() as closing:
+        watchdog = closing.enter_context(runtime.Watchdog(config.train.hang_seconds))
+        watchdog.at("opening the workdir")
         lock = runtime.WorkdirLock(workdir, force=force, enabled=primary)
-        closing.enter_context(lock)
-        start = _agreed(newest_good_step(workdir, print) if primary else 0)
+
+        def open_workdir() -> int:
+            closing.enter_context(lock)
+            return newest_good_step(workdir, print)
+
+        start = _together(open_workdir)
+        watchdog.at("starting")
         if start:
             _check_same_data(read_meta(step_folder(workdir, start)), meta, workdir)
         multihost_utils.sync_global_devices("every process has read the workdir")
@@ -215,7 +224,6 @@ def train_and_evaluate(
             progress.say(line)
         _introduce(progress, config, workdir, abstract_state.params, mesh, start=start, total=total)
         stop = closing.enter_context(runtime.StopSignal(enabled=jax.process_count() == 1))
-        watchdog = closing.enter_context(runtime.Watchdog(config.train.hang_seconds))
         # Compiled once and for all: a batch of another shape would be an error, not a compilation.
         watchdog.at("compiling the step")
         progress.say("compiling the step (kept for later starts)")
@@ -310,6 +318,20 @@ def _check_same_data(saved: dict[str, Any], now: dict[str, Any], workdir: epath.
                 f"the {split} data of the run in {workdir} was {saved['data'][split]} and is "
                 f"{fingerprint} now; restore that data or take another --workdir"
             )
+
+
+def _together(find: Callable[[], int]) -> int:
+    """What process 0 finds, for all. Where it raises all do, or they would wait for it."""
+    found, code, error = 0, 0, None
+    if jax.process_index() == 0:
+        try:
+            found = find()
+        except (runtime.LockedError, CheckpointError) as refusal:
+            code, error = refusal.exit_code, refusal
+    found, code = multihost_utils.broadcast_one_to_all(np.array([found, code], np.int32)).tolist()
+    if error or code:
+        raise error or runtime.RefusedError(code)
+    return found
 
 
 def _agreed(value: int) -> int:

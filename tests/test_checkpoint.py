@@ -265,7 +265,7 @@ def test_without_the_manifest_wrong_values_would_come_back(tmp_path):
         checkpoint.verify(folder)
 
 
-@pytest.mark.parametrize("damage", ["flip", "delete", "manifest"])
+@pytest.mark.parametrize("damage", ["flip", "delete", "manifest", "unreadable"])
 def test_a_run_goes_on_from_the_newest_good_step(tmp_path, damage):
     save(tmp_path, 2, 4, 6, keep_latest=3)
     said = []
@@ -273,6 +273,8 @@ def test_a_run_goes_on_from_the_newest_good_step(tmp_path, damage):
     folder = checkpoint.step_folder(tmp_path, 6)
     name = checkpoint.MANIFEST if damage == "manifest" else "state/_METADATA"
     flip(folder / name, 11) if damage == "flip" else (folder / name).unlink()
+    if damage == "unreadable":
+        pathlib.Path(folder / name).symlink_to("/nowhere/at/all")
     assert checkpoint.newest_good_step(tmp_path, said.append) == 4
     (line,) = said
     expected = rf"/6 is damaged: .*{name}; it is 6.damaged now, and the run goes on from step 4"
