@@ -126,6 +126,8 @@ def leave(code: int) -> NoReturn:
     if jax.process_count() > 1 and code not in (0, PREEMPTED):
         sys.stdout.flush()
         sys.stderr.flush()
+        if jax.process_index() == 0:
+            time.sleep(2)  # the others end with it: those that leave too shall do so by themselves
         os._exit(code)
     sys.exit(code)
 

@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 
-from halonet import checkpoint, metrics
+from halonet import checkpoint, metrics, runtime
 from tests import test_train
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -110,13 +110,29 @@ def test_what_goes_wrong_is_one_line_and_a_code(tmp_path, settings, code, messag
     assert "Traceback" not in output
 
 
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.middle
+@pytest.mark.timeout(300)
+def test_what_the_first_process_refuses_all_refuse(tmp_path):
+    port = free_port()
+    with runtime.WorkdirLock(tmp_path):
+        pair = [start(tmp_path, process_id=i, process_count=2, port=port) for i in range(2)]
+        outputs = [process.communicate(timeout=120)[0] for process in pair]
+    assert [process.returncode for process in pair] == [2, 2], outputs
+    assert "is in use by process" in outputs[0].splitlines()[-1]
+    assert outputs[1].splitlines()[-1] == "error: process 0 refused; it says why"
+
+
 @pytest.mark.middle
 @pytest.mark.timeout(900)
 def test_two_processes_train_as_one(tmp_path):
     def pair(**kwargs):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         ids = ({"process_id": i, "process_count": 2, "port": port} for i in range(2))
         return port, finish(*[start(tmp_path / "two", devices=2, **it, **kwargs) for it in ids])
 
