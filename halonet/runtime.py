@@ -292,7 +292,7 @@ class WorkdirLock:
         if not self._lost:
             self._path.unlink(missing_ok=True)
             if self._new:
-                with contextlib.suppress(OSError):  # it is a run's now
+                with contextlib.suppress(OSError, ValueError):  # it is a run's now
                     self._path.parent.rmdir()
 
     def check(self) -> None:

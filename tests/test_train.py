@@ -420,8 +420,8 @@ def test_the_watchdog_knows_what_a_run_is_doing(tmp_path, monkeypatch):
     monkeypatch.setattr(train.pipeline, "train_batches", few_batches)
     with pytest.raises(DataError, match="the end"):
         train.train_and_evaluate(small_config(), tmp_path)
-    assert places[:2] == ["starting", "compiling the step"]
+    assert places[:4] == ["starting", "opening the workdir", "starting", "compiling the step"]
     step = ["waiting for data", "waiting for the devices"]
     # Batches are fetched ahead: how many steps come before the error is the prefetcher's affair.
-    assert places[2:-1] == step * (len(places[2:-1]) // 2) != []
+    assert places[4:-1] == step * (len(places[4:-1]) // 2) != []
     assert places[-1] == "waiting for data"
