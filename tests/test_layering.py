@@ -39,8 +39,8 @@ TABLE = {
     # A command line: the images that it shows and counts are those of a configuration's views.
     "halonet.data.__main__": ("data config plots", "absl ml_collections numpy", ""),
     "halonet.data.device": ("data", "jax numpy", ""),
-    "halonet.data.prepare": ("data", "PIL numpy", "tensorflow tensorflow_datasets"),
-    "halonet.data.sources": ("data", "PIL numpy", "tensorflow_datasets"),
+    "halonet.data.prepare": ("data", "PIL numpy", "google tensorflow tensorflow_datasets"),
+    "halonet.data.sources": ("data", "PIL numpy", "google tensorflow_datasets"),
     "halonet.optim": ("", "jax optax", ""),
     "halonet.sharding": ("", "jax", ""),
     "halonet.checkpoint": ("", "jax orbax", ""),
