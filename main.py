@@ -11,7 +11,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from halonet import runtime
-from halonet.config import parse_flags
+from halonet.config import ConfigError, parse_flags
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "a file of configs/; --config.key=value overrides")
@@ -33,6 +33,8 @@ def main(argv: list[str]) -> None:
     if not FLAGS["verbosity"].present:  # app.run turns the libraries' own progress on
         logging.set_verbosity(logging.WARNING)
     try:
+        if FLAGS.force and FLAGS.mode != "train":
+            raise ConfigError(f"--force is of --mode=train; leave it out with --mode={FLAGS.mode}")
         runtime.enable_compilation_cache()
         print(
             runtime.join_processes(

@@ -155,6 +155,11 @@ def test_unusable_command_line(refused, monkeypatch, arguments, mentioned):
             "prepare it there (python -m halonet.data prepare) or set data.data_dir",
         ),
         (
+            ["--mode=evaluate", "--force"],
+            2,
+            "--force is of --mode=train; leave it out with --mode=evaluate",
+        ),
+        (
             ["--distributed.process_id=1"],
             2,
             "distributed.coordinator='', distributed.process_id=1 and "
