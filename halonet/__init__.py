@@ -18,18 +18,21 @@ __all__ = [
     "load_run",
 ]
 
+_MODULES = ("models", "ops", "run")
 _HOMES = {"halo_attention": "halonet.ops", "load_run": "halonet.run"}
 
 
 def __getattr__(name: str) -> typing.Any:
-    """Imports a public name when it is first asked for.
+    """Imports a public name, or the module of one, when it is first asked for.
 
     The processes that make batches use this package without JAX, and few programs need Orbax.
     """
+    if name in _MODULES:
+        return importlib.import_module(f"halonet.{name}")
     if name not in __all__:
         raise AttributeError(f"module 'halonet' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES.get(name, "halonet.models")), name)
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+    return [*globals(), *_MODULES, *__all__]

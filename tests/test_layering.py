@@ -1,12 +1,15 @@
 """Who may import whom, read from the sources: the table of the design, and it can fail."""
 
 import ast
+import importlib
 import pathlib
 import resource
 import subprocess
 import sys
 
 import pytest
+
+import halonet
 
 ROOT = pathlib.Path(__file__).parent.parent
 OURS = ("halonet", "configs", "experiments", "main")
@@ -299,6 +302,16 @@ def test_import_brings_neither_tensorflow_nor_grain():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["models", "ops", "run"])
+def test_the_modules_of_public_names_need_no_import(monkeypatch, name):
+    module = importlib.import_module(f"halonet.{name}")
+    monkeypatch.delattr(halonet, name)  # as where nothing has imported it yet
+    assert getattr(halonet, name) is module
+    assert name in dir(halonet)
+    with pytest.raises(AttributeError, match="no attribute 'model'"):
+        _ = halonet.model
 
 
 @pytest.mark.middle
