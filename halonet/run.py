@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
@@ -96,7 +97,8 @@ def load_run(
       workdir: folder of the run, or one checkpoint of it (`WORKDIR/checkpoints/STEP`).
       step: "best" (highest eval/top1 of those kept), "latest" or a number.
       weights: "ema" or "raw"; "" takes the averages where the run kept them.
-      sharding: where the arrays shall lie; None is the first device.
+      sharding: where the arrays shall lie; None is the first device. Where it spans processes, all
+        of them call this, and process 0 says which step.
       **overrides: of the model's fields, such as `pad_to_blocks=True` for images of any size or
         `features_only=True`; another `block_size` or `halo_size` resizes the relative tables.
 
@@ -109,6 +111,8 @@ def load_run(
     workdir = epath.Path(workdir)
     if workdir.parent.name == checkpoint.FOLDER and workdir.name.isdigit():
         workdir, step = workdir.parent.parent, int(workdir.name)
+    if sharding is not None and not sharding.is_fully_addressable:
+        step = _agreed_step(workdir, step)
     config = load_config(workdir)
     step = resolve_step(workdir, step)
     folder = checkpoint.step_folder(workdir, step)
@@ -134,6 +138,30 @@ def load_run(
         variables = resize_tables(variables, saved, model)
         _check_fit(variables, model, size)
     return Run(workdir, step, config, tuple(meta["classes"]), weights, model, variables)
+
+
+def _agreed_step(workdir: epath.Path, step: str | int) -> int:
+    """The step that process 0 finds, for all: on a run that goes on, each might find another.
+
+    Where process 0 finds none, all raise: nobody waits for one that has left.
+    """
+    found, error = 0, None
+    if jax.process_index() == 0:
+        try:
+            load_config(workdir)
+            found = resolve_step(workdir, step)
+            checkpoint.step_folder(workdir, found)
+        except Exception as raised:
+            error, found = raised, -getattr(raised, "exit_code", 1)
+    found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
+    if error is not None:
+        raise error
+    if found < 0:
+        kinds = {kind.exit_code: kind for kind in (ConfigError, checkpoint.CheckpointError)}
+        raise kinds.get(-found, ValueError)(
+            f"process 0 finds no step {step!r} in {workdir}; what it prints says why"
+        )
+    return found
 
 
 def initial_variables(

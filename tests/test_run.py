@@ -70,6 +70,61 @@ def test_best_latest_and_number(workdir):
         load_run(workdir, step=5)
 
 
+class Spread(jax.sharding.Sharding):
+    """What `load_run` asks of a sharding before it opens anything: it spans processes."""
+
+    is_fully_addressable = False
+
+
+class Opened(Exception):
+    """Raised with the step that would be restored."""
+
+
+def processes(monkeypatch, *, index, says=None):
+    """Makes this one process `index` of several; `says` is what process 0 broadcasts."""
+
+    def open_step(workdir, step):
+        raise Opened(step)
+
+    sent = []
+    monkeypatch.setattr(jax, "process_index", lambda: index)
+    monkeypatch.setattr(
+        "jax.experimental.multihost_utils.broadcast_one_to_all",
+        lambda value: sent.append(int(value)) or (value if says is None else np.int32(says)),
+    )
+    return sent, open_step
+
+
+def test_processes_open_the_step_that_the_first_one_finds(workdir, monkeypatch):
+    sent, open_step = processes(monkeypatch, index=1, says=26)
+    monkeypatch.setattr(checkpoint, "step_folder", open_step)
+    with pytest.raises(Opened, match="26"):
+        load_run(workdir, "latest", sharding=Spread())
+    assert sent == [0]
+
+
+@pytest.mark.parametrize(
+    ("folder", "step", "kind", "code"),
+    [
+        ("", 5, checkpoint.CheckpointError, -4),
+        ("empty", "best", ConfigError, -2),
+        ("", "newest", ValueError, -1),
+    ],
+)
+def test_what_the_first_process_does_not_find_all_refuse(
+    workdir, monkeypatch, folder, step, kind, code
+):
+    sent, _ = processes(monkeypatch, index=0)
+    with pytest.raises(kind):
+        load_run(workdir / folder, step, sharding=Spread())
+    assert sent == [code]
+    processes(monkeypatch, index=1, says=code)
+    # Even where this one finds it.
+    with pytest.raises(ValueError, match="process 0 finds no step 26 in") as refusal:
+        load_run(workdir, 26, sharding=Spread())
+    assert refusal.type is kind
+
+
 def test_a_folder_without_a_run(tmp_path):
     with pytest.raises(ConfigError, match="holds no run: there is no config.json"):
         load_run(tmp_path)
