@@ -84,9 +84,8 @@ def train_and_evaluate(
         "classes": list(train_source.classes),
     }
     # Process 0 decides for all: a folder seen late by one of them would set them apart.
-    ended = max(saved_steps(workdir), default=0) == total and (workdir / "summary.json").exists()
-    if _agreed(ended):
-        summary = json.loads((workdir / "summary.json").read_text())
+    summary = _read_summary(workdir) if max(saved_steps(workdir), default=0) == total else {}
+    if _agreed(bool(summary)):
         _say_result(summary, workdir, "has ended already")
         return summary
     with contextlib.ExitStack() as closing:
@@ -297,7 +296,8 @@ def train_and_evaluate(
         if primary:
             log.finish()
             plots.learning_curves(log.rows(), workdir / "curves.png")
-            (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+            text = json.dumps(summary, indent=2) + "\n"
+            metrics_lib.write_whole(workdir / "summary.json", text)
             _say_result(summary, workdir, "is done")
         return summary
 
@@ -412,6 +412,14 @@ def _summarise(
         **{name: row[name] for row in rows for name in STARTUP if name in row},
         "perf/seconds": seconds,
     }
+
+
+def _read_summary(workdir: epath.Path) -> dict[str, Any]:
+    """summary.json; {} where there is none that can be read: the run has not ended then."""
+    try:
+        return json.loads((workdir / "summary.json").read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
 
 
 def _say_result(summary: dict[str, Any], workdir: epath.Path, what: str) -> None:

@@ -60,9 +60,9 @@ TABLE = {
         "jax ml_collections numpy",
         "",
     ),
-    # It says with which code and packages a result was made, hence runtime.
+    # It says with which code and packages a result was made, hence runtime; metrics writes whole.
     "halonet.evaluate": (
-        "models data steps checkpoint sharding plots config run runtime",
+        "models data steps checkpoint sharding plots config run runtime metrics",
         "jax ml_collections numpy",
         "",
     ),

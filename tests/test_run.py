@@ -153,7 +153,11 @@ def test_preprocess_takes_arrays_and_pictures_of_any_size(workdir):
         run.preprocess([np.zeros((4, 4, 3))])
 
 
-def test_evaluation_of_a_checkpoint_equals_that_of_the_run(workdir, tmp_path, capsys):
+def test_evaluation_of_a_checkpoint_equals_that_of_the_run(workdir, tmp_path, capsys, monkeypatch):
+    written, whole = [], metrics.write_whole
+    monkeypatch.setattr(
+        metrics, "write_whole", lambda path, text: (written.append(path), whole(path, text))
+    )
     result = evaluate.evaluate_checkpoint(CONFIG, workdir, step="latest")
     row = next(
         row for row in metrics.read_metrics(workdir) if "eval/top5" in row and row["step"] == 30
@@ -162,6 +166,7 @@ def test_evaluation_of_a_checkpoint_equals_that_of_the_run(workdir, tmp_path, ca
     assert (result["top1"], result["top5"]) == (row["eval/top1"], row["eval/top5"])
     np.testing.assert_allclose(result["loss"], row["eval/loss"], rtol=1e-6)
     assert json.loads((workdir / "evaluation.json").read_text()) == result
+    assert written == [workdir / "evaluation.json"]
     assert result["fingerprint"] == evaluate.open_split(CONFIG, "test").fingerprint
     assert result["config"] == json.loads((workdir / "config.json").read_text())
     assert result["versions"]["jax"] == jax.__version__

@@ -157,6 +157,37 @@ def test_a_finished_run_says_so_and_changes_nothing(undisturbed, capsys):
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
 
 
+@pytest.mark.parametrize("text", ["", '{"step": 30, "eval/top1"', "\0" * 9])
+def test_a_summary_cut_short_is_none(undisturbed, tmp_path, monkeypatch, text):
+    """A run with it has not ended: it goes on to the state."""
+    workdir = tmp_path / "run"
+    shutil.copytree(undisturbed[0], workdir)
+    (workdir / "summary.json").write_text(text)
+
+    def state(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.recipe, "schedule", state)
+    with pytest.raises(KeyboardInterrupt):
+        train.train_and_evaluate(small_config(), workdir)
+
+
+@pytest.mark.middle
+def test_a_summary_cut_short_is_written_again(undisturbed, tmp_path, monkeypatch):
+    workdir, whole = tmp_path / "run", metrics.write_whole
+    shutil.copytree(undisturbed[0], workdir)
+    (workdir / "summary.json").write_text('{"step": 30, "eval/top1"')
+    written = []
+    monkeypatch.setattr(
+        metrics, "write_whole", lambda path, text: (written.append(path.name), whole(path, text))
+    )
+    summary = train.train_and_evaluate(small_config(), workdir)
+    assert json.loads((workdir / "summary.json").read_text()) == summary
+    assert "summary.json" in written
+    assert summary["eval/top1"] == undisturbed[1]["eval/top1"]
+    assert history(workdir) == history(undisturbed[0])
+
+
 def test_another_configuration_is_refused(undisturbed):
     with pytest.raises(ConfigError, match="optim.learning_rate: 0.003 there, 0.5 now"):
         train.train_and_evaluate(small_config(**{"optim.learning_rate": 0.5}), undisturbed[0])
