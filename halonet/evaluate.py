@@ -264,12 +264,8 @@ def evaluate_checkpoint(
             raise
         raise ConfigError(f"--mode=evaluate: {error}") from error
     for name, source in found.items():
-        if len(run.classes) != len(source.classes):
-            data = f"--evaluate.suites={name}" if name else f"config.data.name={config.data.name}"
-            raise sources.DataError(
-                f"{where} has {len(run.classes)} classes and {data} has {len(source.classes)}; "
-                "evaluate it on the data it was trained for"
-            )
+        data = f"--evaluate.suites={name}" if name else f"config.data.name={config.data.name}"
+        _check_classes(run.classes, source.classes, where, data)
     check_image_size(run.model, config.data.image_size)
     # Seen and normalised as by the run, whatever data it is scored on.
     config = with_view_of(config, run.config, chosen)
@@ -307,6 +303,27 @@ def evaluate_checkpoint(
         plots.reliability({it["data"]: it["calibration"] for it in scored}, picture)
         print(f"written to {path} and {picture}")
     return result
+
+
+def _check_classes(
+    ours: Sequence[str], theirs: Sequence[str], where: epath.Path, data: str
+) -> None:
+    """Raises DataError unless label i means the same to a run, `where`, and to `data`."""
+    if len(ours) != len(theirs):
+        raise sources.DataError(
+            f"{where} has {len(ours)} classes and {data} has {len(theirs)}; "
+            "evaluate it on the data it was trained for"
+        )
+    # Numbers are no names: of converted weights, say, or of data that only counts its classes.
+    numbers = [str(label) for label in range(len(ours))]
+    if numbers in (list(ours), list(theirs)):
+        return
+    for label, (our, their) in enumerate(zip(ours, theirs, strict=True)):
+        if our != their:
+            raise sources.DataError(
+                f"class {label} of {where} is {our!r} and that of {data} is {their!r}; evaluate it "
+                "on the data it was trained for, with the same names in the same order"
+            )
 
 
 def _said(scores: dict[str, Any], worst: int = 5) -> str:

@@ -9,6 +9,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
 import halonet
@@ -325,6 +326,34 @@ def test_other_classes_are_refused(workdir):
     config = small_config(**{"data.name": "fake:64:7", "data.eval_split": "test"})
     with pytest.raises(DataError, match="has 10 classes and config.data.name=fake:64:7 has 7"):
         evaluate.evaluate_checkpoint(config, workdir)
+
+
+def test_classes_in_another_order_are_refused():
+    where, data = epath.Path("runs/a"), "config.data.name=folder:b"
+    names, other = ("cat", "dog", "owl"), ("cat", "owl", "dog")
+    evaluate._check_classes(names, names, where, data)
+    # Of those without names nobody knows better.
+    evaluate._check_classes(("0", "1", "2"), names, where, data)
+    evaluate._check_classes(names, ("0", "1", "2"), where, data)
+    message = f"class 1 of runs/a is 'dog' and that of {data} is 'owl'; evaluate it on the data it"
+    with pytest.raises(DataError, match=re.escape(message)):
+        evaluate._check_classes(names, other, where, data)
+    with pytest.raises(DataError, match="class 0 of"):
+        evaluate._check_classes(("2", "1", "0"), ("3", "2", "1"), where, data)
+
+
+def test_the_classes_of_the_data_are_compared_with_those_of_the_run(workdir, monkeypatch):
+    def letters(config, split, name=""):
+        source = open_split(config, split, name)
+        source.classes = tuple("abcdefghij")
+        return source
+
+    open_split, read = evaluate.open_split, checkpoint.read_meta
+    monkeypatch.setattr(evaluate, "open_split", letters)
+    trained = {"classes": list("abcdefghji")}
+    monkeypatch.setattr(checkpoint, "read_meta", lambda folder: {**read(folder), **trained})
+    with pytest.raises(DataError, match="class 8 of .* is 'j' and that of config.data.name=mnist"):
+        evaluate.evaluate_checkpoint(CONFIG, workdir)
 
 
 def test_wrong_settings_are_refused(workdir):
