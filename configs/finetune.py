@@ -13,9 +13,10 @@ relative tables. Any run of this program does as well as converted weights, for
 --config.init.weights.
 
 Hardware: one GPU of 16 GB or so; --config.train.accumulate=2 halves the memory, and
---config.model.dtype=float32 is for what has no bfloat16. Accuracy depends on the photographs: none
-is published. Every number below is ours, but for what the weights of halonet50ts were trained and
-scored with (published: timm's results, 256 px, bicubic, a crop of 94 %).
+--config.model.dtype=float32 is for what has no bfloat16. Two GPUs share the batch as it is; four or
+eight need --config.model.bn_group=16 or 8, the images of each. Accuracy depends on the photographs:
+none is published. Every number below is ours, but for what the weights of halonet50ts were trained
+and scored with (published: timm's results, 256 px, bicubic, a crop of 94 %).
 """
 
 from configs import default

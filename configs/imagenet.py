@@ -64,7 +64,7 @@ def get_config(variant="halonet_h0"):
 
     config.augment.crop_min_area = 0.08  # recollection: Inception's crop
     config.augment.flip = True  # recollection
-    config.augment.rand_augment = f"rand-m{magnitude}-n2-mstd0.5-inc1"
+    config.augment.rand_augment = f"rand-m{magnitude}-n2-mstd0.5-inc1"  # ours
 
     config.train.epochs = 350  # recollection
     config.train.label_smoothing = 0.1  # recollection

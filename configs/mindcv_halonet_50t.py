@@ -18,6 +18,7 @@ there, since RandAugment takes its place, and changes nothing here. What is not 
 - MixUp draws one share for the batch here, one for each device's 64 images there (code).
 - RandAugment in MindCV's own operations has no SolarizeAdd, which here is one of 15, and scales
   Posterize and Solarize a little differently (code).
+- AdamW adds 1e-8 to the root of the second moment here (optax's), 1e-10 there (code).
 - The aspect of what is erased is uniform in MindSpore and log-uniform here.
 - An epoch is 2502 steps there, the last 143 images left out (yaml); here 2502.3.
 """
