@@ -59,14 +59,27 @@ def refusal(_, config):
 each(refusal)
 """
 )
-# All that a run does with a configuration before it compiles anything, but for its data.
+# All that a run does with a configuration before it compiles anything, on a few photographs.
 BUILD = (
     LOAD
     + """
+import pathlib, tempfile
 import jax, numpy as np
+from PIL import Image
 from halonet import recipe, steps
-from halonet.config import center_view, random_view, total_steps, validate
-from halonet.evaluate import make_mesh
+from halonet.config import random_view, total_steps, validate
+from halonet.data import folder, pipeline
+from halonet.evaluate import eval_batches, make_mesh
+from halonet.models import init_function
+
+photographs = tempfile.TemporaryDirectory()
+for label in "ab":
+    (pathlib.Path(photographs.name) / "train" / label).mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (400, 500, 3), np.uint8)
+    Image.fromarray(pixels).save(f"{photographs.name}/train/{label}/1.jpg")
+
+def shapes(tree):
+    return jax.tree.map(lambda x: (x.shape, str(x.dtype)), tree)
 
 def build(name, config):
     model = validate(config, num_classes=1000)
@@ -75,22 +88,40 @@ def build(name, config):
     tx = recipe.optimizer(config, schedule)
     state = jax.eval_shape(
         lambda key: steps.init_state(
-            key, init_fn=model.init, tx=tx, image_size=config.data.image_size, ema=True
+            key,
+            init_fn=init_function(model, config.init.scheme),
+            tx=tx,
+            image_size=config.data.image_size,
+            ema=config.train.ema_decay > 0,
         ),
         jax.random.key(0),
     )
-    after = state
+    after, mesh = state, make_mesh(config)
     if ":" not in name:  # tracing its gradient takes seconds
-        mesh = make_mesh(config)
         step = recipe.train_step(config, model, tx, schedule, mesh)
         after, _ = jax.eval_shape(step, state, recipe.abstract_batch(config, mesh))
-    image = np.random.default_rng(0).integers(0, 256, (400, 500, 3), np.uint8)
-    squares = center_view(config)(image), random_view(config)(image, np.random.default_rng(0))
+    # As many images and processes as a test can have.
+    config.data.batch_size, config.eval.batch_size = 2 * config.augment.repeats, 2
+    config.data.threads, config.data.workers = 1, 0
+    source = folder.FolderImages(photographs.name, "train")
+    batches = pipeline.train_batches(
+        source,
+        batch_size=config.data.batch_size,
+        seed=config.seed,
+        augment=random_view(config),
+        repeats=config.augment.repeats,
+        replace_damaged=config.data.damaged == "skip",
+        threads=config.data.threads,
+        workers=config.data.workers,
+        prefetch=1,
+    )
+    batch, scored = next(batches), next(eval_batches(config, source, mesh))
+    batches.close()
     return {
-        "same": jax.tree.map(lambda x: (x.shape, x.dtype), after)
-        == jax.tree.map(lambda x: (x.shape, x.dtype), state),
+        "same": shapes(after) == shapes(state),
         "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
-        "squares": [list(square.shape) for square in squares],
+        "batch": shapes(batch) == shapes(recipe.abstract_batch(config, mesh)),
+        "scored": list(scored["image"].shape),
         "rates": [float(schedule(step)) for step in (0, round(config.optim.warmup * total), total)],
     }
 
@@ -171,39 +202,87 @@ def test_the_readme_lists_it(name):
     assert re.search(rf"^\|.*`{name}\.py\b", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
 
 
-def numbers_without_source(source):
-    """Lines that set a key to numbers without saying whose."""
+def numbers_without_source(source, known):
+    """Lines that set a key, or a constant above the function, to numbers of no known source.
+
+    The comment begins with the source; that of a constant stands above it and names one.
+    """
     lines = source.splitlines()
+    tree = ast.parse(source)
     found = []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute):
-            constants = [it.value for it in ast.walk(node.value) if isinstance(it, ast.Constant)]
-            numbers = [it for it in constants if isinstance(it, int | float)]
-            if numbers and not re.search(r"  # \w+", lines[node.lineno - 1]):
-                found.append(lines[node.lineno - 1].strip())
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Assign):
+            continue
+        line = lines[node.lineno - 1]
+        values = [it.value for it in ast.walk(node.value) if isinstance(it, ast.Constant)]
+        numbers = [it for it in values if isinstance(it, int | float)]
+        if isinstance(node.targets[0], ast.Attribute):
+            if node.targets[0].attr != "name":  # a number in a name is nobody's choice
+                numbers += [it for it in values if isinstance(it, str) and re.search(r"\d", it)]
+            said = re.search(rf"  # (?:{'|'.join(known)})\b", line)
+        else:
+            number = node.lineno - 1
+            while lines[number - 1].startswith("#"):
+                number -= 1
+            above = " ".join(lines[number : node.lineno - 1])
+            said = node not in tree.body or re.search(rf"\b(?:{'|'.join(known)})\b", above)
+        if numbers and not said:
+            found.append(line.strip())
     return found
 
 
 # The other headers say of all their numbers at once that they are ours.
-@pytest.mark.parametrize("name", sorted({*RECIPES} - {"finetune", "imagenet21k_finetune"}))
-def test_every_number_of_a_recipe_has_a_source(name):
-    assert numbers_without_source((ROOT / "configs" / f"{name}.py").read_text()) == []
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("imagenet", ("ours", "recollection", "published")),
+        ("imagenet21k", ("ours", "recollection")),
+        ("mindcv_halonet_50t", ("ours", "yaml", "code")),
+        ("resnet50", ("ours", "flax")),
+        ("timm_halonet50ts", ("ours", "timm", "A1")),
+    ],
+)
+def test_every_number_of_a_recipe_has_a_source(name, known):
+    assert numbers_without_source((ROOT / "configs" / f"{name}.py").read_text(), known) == []
 
 
 def test_a_number_without_a_source_is_noticed():
-    source = "def f():\n    c.a = 1  # ours\n    c.b = 2 / 3\n    c.d = name\n    c.e = True"
-    assert numbers_without_source(source) == ["c.b = 2 / 3", "c.e = True"]
+    source = """
+# Pixels, ours.
+A = {"b": 1}
+# Pixels.
+B = {"b": 1}
+
+def f():
+    c.a = 1  # ours: many
+    c.b = 2 / 3
+    c.d = name
+    c.e = True  # because
+    c.f = f"rand-m{A}-n2"
+    c.name = "imagenet2012"
+    c.g = "ours"
+"""
+    assert sorted(numbers_without_source(source, ("ours", "code"))) == [
+        *('B = {"b": 1}', "c.b = 2 / 3", "c.e = True  # because", 'c.f = f"rand-m{A}-n2"')
+    ]
+
+
+def test_recipes_are_all_looked_through():
+    (marker,) = test_every_number_of_a_recipe_has_a_source.pytestmark
+    looked = {name for name, _ in marker.args[1]}
+    assert looked == {*RECIPES} - {"finetune", "imagenet21k_finetune"}
 
 
 @pytest.mark.middle
 def test_everything_is_built_that_a_run_compiles():
-    """Model, schedule, optimizer, views and, of each file, the training step, at full size."""
+    """Model, schedule, optimizer, batches and, of each file, the training step, at full size."""
     built = in_subprocess(BUILD, *NAMES)
     for name, found in built.items():
         config = MODULES[name.partition(":")[0]].get_config(*name.split(":")[1:])
         size = config.data.image_size
         assert found["same"], name
-        assert found["squares"] == [[size, size, 3]] * 2, name
+        assert found["batch"], name
+        assert found["scored"] == [2, size, size, 3], name
         scale = config.data.batch_size / (config.optim.base_batch or config.data.batch_size)
         peak, floor = config.optim.learning_rate * scale, config.optim.floor * scale
         assert found["rates"] == pytest.approx([0.0, peak, floor], rel=1e-3, abs=1e-9), name
