@@ -56,7 +56,7 @@ class FolderImages:
       held_out: fraction of the images that is the split "val", for the second kind only.
 
     Raises DataError if the folder or the split is missing, a class has no images (or none in the
-    larger part of a divided split), class folders contain folders, or val/ has classes that train/
+    larger part of a divided train), class folders contain folders, or val/ has classes that train/
     lacks; ValueError if held_out is not between 0 and 1.
     """
 
