@@ -68,7 +68,7 @@ def same(found, expected):
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
-@pytest.mark.parametrize("fsdp", [1, 4])
+@pytest.mark.parametrize("fsdp", [1, pytest.param(4, marks=pytest.mark.middle)])
 def test_all_but_the_head_is_loaded(weights, fsdp, monkeypatch):
     monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 64)
     folder, theirs = weights
@@ -98,6 +98,7 @@ def test_all_but_the_head_is_loaded(weights, fsdp, monkeypatch):
     ]
 
 
+@pytest.mark.middle
 def test_everything_is_loaded_where_nothing_is_skipped(weights):
     folder, theirs = weights
     mesh = sharding.make_mesh()

@@ -47,7 +47,8 @@ def forward(name, height, width, **overrides):
 @pytest.mark.parametrize(
     "name",
     [
-        *SMALL,
+        *("halonet_h0", "halonet_tiny"),
+        *(pytest.param(name, marks=pytest.mark.middle) for name in SMALL[1:4]),
         *(
             pytest.param(name, marks=pytest.mark.long)
             for name in list_models()

@@ -89,8 +89,11 @@ def crash_after_writing(step, monkeypatch):
 @pytest.mark.parametrize(
     ("interrupt", "error", "saved"),
     [
-        (lambda patch: crash_after_saving(13, patch), CrashError, 13),
         (lambda patch: send_signal_at(20, patch), Interrupted, 21),  # a step that has no row
+        pytest.param(  # between evaluations
+            *(lambda patch: crash_after_saving(13, patch), CrashError, 13),
+            marks=pytest.mark.middle,
+        ),
         pytest.param(  # its evaluation is due
             *(lambda patch: crash_after_saving(15, patch), CrashError, 15),
             marks=pytest.mark.middle,
@@ -100,7 +103,7 @@ def crash_after_writing(step, monkeypatch):
             marks=pytest.mark.middle,
         ),
     ],
-    ids=["after a save", "SIGTERM", "before an evaluation", "past the checkpoint"],
+    ids=["SIGTERM", "after a save", "before an evaluation", "past the checkpoint"],
 )
 def test_interrupted_equals_undisturbed(
     undisturbed, tmp_path, monkeypatch, interrupt, error, saved
@@ -278,6 +281,7 @@ def early_reads(events):
     }
 
 
+@pytest.mark.middle
 def test_no_late_compilation_and_no_early_read(tmp_path, monkeypatch):
     """Over evaluations, checkpoints and a resumption. Without averages, as nothing else here is."""
     monkeypatch.setitem(runtime.PEAK_FLOPS, "cpu", 1e12)
@@ -439,6 +443,7 @@ def test_a_workdir_in_use_is_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.middle
 def test_the_watchdog_knows_what_a_run_is_doing(tmp_path, monkeypatch):
     places = []
     monkeypatch.setattr(runtime.Watchdog, "at", lambda self, what: places.append(what))
