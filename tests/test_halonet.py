@@ -361,6 +361,7 @@ def bottleneck(shape):
     return BottleneckBlock(shape=shape, activate_sum=True, **fields)
 
 
+@pytest.mark.middle
 def test_a_block_starts_as_its_shortcut():
     shape = BlockShape("h", 16, 8, 16, 8, 8, heads=2, stride=1, shortcut="identity")
     block = bottleneck(shape)

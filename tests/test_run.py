@@ -266,6 +266,7 @@ def test_each_example_counts_once(workdir, batch_size, devices):
     assert scores == {"top1": 0.1, "classes": 1.0, "count": 1000}
 
 
+@pytest.mark.middle
 def test_a_model_opens_with_another_window(workdir):
     run = halonet.load_run(workdir, halo_size=2, border="mask")
     assert (run.model.halo_size, run.model.border) == (2, "mask")

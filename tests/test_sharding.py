@@ -145,7 +145,8 @@ def one_device():
     return losses(jax.sharding.Mesh(devices, ("data", "fsdp")))
 
 
-@pytest.mark.parametrize("fsdp", [1, pytest.param(4, marks=pytest.mark.middle)])
+@pytest.mark.middle
+@pytest.mark.parametrize("fsdp", [1, 4])
 def test_eight_devices_train_as_one(fsdp, one_device):
     np.testing.assert_allclose(losses(sharding.make_mesh(fsdp=fsdp)), one_device, rtol=1e-5)
 
