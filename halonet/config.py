@@ -23,7 +23,7 @@ from halonet import optim
 from halonet.data import augment, workers
 from halonet.data.randaugment import INTERPOLATIONS, RandAugment
 from halonet.data.views import CenterView, RandomView
-from halonet.metrics import write_whole
+from halonet.files import write_whole
 from halonet.models import SCHEMES, HaloNet, create_model
 
 # What may change between the starts of one run: none of it changes what is computed.

@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from halonet import metrics, plots, runtime, sharding, steps
+from halonet import files, plots, runtime, sharding, steps
 from halonet.config import (
     ConfigError,
     center_view,
@@ -297,7 +297,7 @@ def evaluate_checkpoint(
     if jax.process_index() == 0:
         path = epath.Path(workdir) / "evaluation.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        metrics.write_whole(path, json.dumps(result, indent=2) + "\n")
+        files.write_whole(path, json.dumps(result, indent=2) + "\n")
         picture = path.with_name("reliability.png")
         scored = [result, *result["suites"].values()]
         plots.reliability({it["data"]: it["calibration"] for it in scored}, picture)

@@ -17,6 +17,8 @@ from typing import Any
 
 from etils import epath
 
+from halonet.files import write_whole
+
 Row = dict[str, Any]
 PARTS = "metrics"
 EVENTS = "tensorboard"
@@ -128,16 +130,6 @@ def read_metrics(workdir: epath.PathLike, *, until: float = math.inf) -> list[Ro
         if part:
             rows = [row for row in rows if row["step"] <= part[0]["step"]] + part
     return [row for row in rows if row["step"] <= until]
-
-
-def write_whole(path: epath.Path, text: str) -> None:
-    """Writes a file such that a kill leaves the old one or the new one, never half of it."""
-    if "://" in str(path):
-        path.write_text(text)  # an object appears when it is complete
-    else:
-        part = path.with_name(path.name + ".tmp")
-        part.write_text(text)
-        part.replace(path)
 
 
 def best_steps(rows: list[Row], count: int, name: str = "eval/top1") -> list[int]:

@@ -11,11 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
-from halonet import checkpoint, metrics, steps
+from halonet import checkpoint, metrics, runtime, steps
 from halonet.config import ConfigError, build_model, center_view, flatten, load_config
 from halonet.data import transforms
 from halonet.models import HaloNet, resize_tables
@@ -111,11 +110,16 @@ def load_run(
     workdir = epath.Path(workdir)
     if workdir.parent.name == checkpoint.FOLDER and workdir.name.isdigit():
         workdir, step = workdir.parent.parent, int(workdir.name)
-    if sharding is not None and not sharding.is_fully_addressable:
-        step = _agreed_step(workdir, step)
-    config = load_config(workdir)
-    step = resolve_step(workdir, step)
-    folder = checkpoint.step_folder(workdir, step)
+
+    def found() -> int:
+        load_config(workdir)
+        checkpoint.step_folder(workdir, number := resolve_step(workdir, step))
+        return number
+
+    # On a run that goes on, each process might find another.
+    together = sharding is not None and not sharding.is_fully_addressable
+    step = runtime.agreed(found) if together else found()
+    config, folder = load_config(workdir), checkpoint.step_folder(workdir, step)
     meta = checkpoint.read_meta(folder)
     checkpoint.verify(folder)
 
@@ -138,30 +142,6 @@ def load_run(
         variables = resize_tables(variables, saved, model)
         _check_fit(variables, model, size)
     return Run(workdir, step, config, tuple(meta["classes"]), weights, model, variables)
-
-
-def _agreed_step(workdir: epath.Path, step: str | int) -> int:
-    """The step that process 0 finds, for all: on a run that goes on, each might find another.
-
-    Where process 0 finds none, all raise: nobody waits for one that has left.
-    """
-    found, error = 0, None
-    if jax.process_index() == 0:
-        try:
-            load_config(workdir)
-            found = resolve_step(workdir, step)
-            checkpoint.step_folder(workdir, found)
-        except Exception as raised:
-            error, found = raised, -getattr(raised, "exit_code", 1)
-    found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
-    if error is not None:
-        raise error
-    if found < 0:
-        kinds = {kind.exit_code: kind for kind in (ConfigError, checkpoint.CheckpointError)}
-        raise kinds.get(-found, ValueError)(
-            f"process 0 finds no step {step!r} in {workdir}; what it prints says why"
-        )
-    return found
 
 
 def initial_variables(

@@ -23,7 +23,11 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NoReturn
 
 import jax
+import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
+
+from halonet.files import write_whole
 
 # Peak of one device of JAX in dense bfloat16 products, operations per second, by its device_kind.
 # TPUs: the pages of each version at cloud.google.com/tpu/docs, per chip; v2, v3 and 7x show the two
@@ -74,6 +78,24 @@ class RefusedError(ValueError):
     def __init__(self, exit_code: int):
         super().__init__("process 0 refused; it says why")
         self.exit_code = exit_code
+
+
+def agreed(find: Callable[[], int]) -> int:
+    """What process 0 finds, a number, for all processes: another might find something else.
+
+    Where it raises, all do: nobody waits for one that has left. The others raise RefusedError, with
+    the exit code of what process 0 raises.
+    """
+    found, code, error = 0, 0, None
+    if jax.process_index() == 0:
+        try:
+            found = int(find())
+        except Exception as raised:  # whatever it is, the others wait
+            code, error = getattr(raised, "exit_code", 1), raised
+    found, code = multihost_utils.broadcast_one_to_all(np.array([found, code], np.int32)).tolist()
+    if code:
+        raise error or RefusedError(code)
+    return found
 
 
 def join_processes(*, coordinator: str = "", process_id: int = -1, process_count: int = 0) -> str:
@@ -323,13 +345,7 @@ class WorkdirLock:
         return owner if isinstance(owner, dict) and "token" in owner else {}
 
     def _write(self) -> None:
-        text = json.dumps({**self._mine, "heartbeat": time.time()}) + "\n"
-        if "://" in str(self._path):
-            self._path.write_text(text)
-        else:
-            part = self._path.with_name(f"{self.NAME}.{os.getpid()}")
-            part.write_text(text)
-            part.replace(self._path)
+        write_whole(self._path, json.dumps({**self._mine, "heartbeat": time.time()}) + "\n")
 
     def _here(self, owner: dict) -> bool:
         """Whether the owner's process number means something here."""

@@ -8,11 +8,9 @@ import functools
 import json
 import math
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 from clu import parameter_overview
 from etils import epath
 from jax.experimental import multihost_utils
@@ -20,11 +18,10 @@ from ml_collections import ConfigDict
 
 from halonet import config as config_lib
 from halonet import evaluate as evaluate_lib
+from halonet import files, optim, plots, recipe, run, runtime, sharding, steps
 from halonet import metrics as metrics_lib
-from halonet import optim, plots, recipe, run, runtime, sharding, steps
 from halonet.checkpoint import (
     Checkpointer,
-    CheckpointError,
     abstract_on,
     newest_good_step,
     read_meta,
@@ -85,7 +82,7 @@ def train_and_evaluate(
     }
     # Process 0 decides for all: a folder seen late by one of them would set them apart.
     summary = _read_summary(workdir) if max(saved_steps(workdir), default=0) == total else {}
-    if _agreed(bool(summary)):
+    if runtime.agreed(lambda: bool(summary)):
         _say_result(summary, workdir, "has ended already")
         return summary
     with contextlib.ExitStack() as closing:
@@ -97,10 +94,11 @@ def train_and_evaluate(
             closing.enter_context(lock)
             return newest_good_step(workdir, print)
 
-        start = _together(open_workdir)
+        start = runtime.agreed(open_workdir)
         watchdog.at("starting")
+        saved_meta = read_meta(step_folder(workdir, start)) if start else {}
         if start:
-            _check_same_data(read_meta(step_folder(workdir, start)), meta, workdir)
+            _check_same_data(saved_meta, meta, workdir)
         multihost_utils.sync_global_devices("every process has read the workdir")
 
         # The state, abstract first: its shardings are known before any array exists.
@@ -169,7 +167,7 @@ def train_and_evaluate(
             examples=len(train_source),
             start_step=start,
             # Not in the checkpoints of older versions.
-            before=read_meta(step_folder(workdir, start)).get("damaged", {}) if start else {},
+            before=saved_meta.get("damaged", {}),
         )
         progress = Progress(
             total=total,
@@ -219,6 +217,9 @@ def train_and_evaluate(
         def eval_due(step: int) -> bool:
             return step == total or step % config.eval.every_steps == 0
 
+        def evaluated() -> bool:
+            return any(row["step"] == start and "eval/top1" in row for row in log.rows())
+
         for line in said:
             progress.say(line)
         _introduce(progress, config, workdir, abstract_state.params, mesh, start=start, total=total)
@@ -231,7 +232,7 @@ def train_and_evaluate(
         seconds = time.perf_counter() - started
         progress.say(f"compiled the step in {seconds:.0f} s")
         progress.pause(seconds)
-        if start and eval_due(start) and not _agreed(_evaluated(log.rows(), start)):
+        if start and eval_due(start) and not runtime.agreed(evaluated):
             evaluate(start)
         in_flight: collections.deque[steps.Metrics] = collections.deque()
         unrecorded = None
@@ -297,7 +298,7 @@ def train_and_evaluate(
             log.finish()
             plots.learning_curves(log.rows(), workdir / "curves.png")
             text = json.dumps(summary, indent=2) + "\n"
-            metrics_lib.write_whole(workdir / "summary.json", text)
+            files.write_whole(workdir / "summary.json", text)
             _say_result(summary, workdir, "is done")
         return summary
 
@@ -318,29 +319,6 @@ def _check_same_data(saved: dict[str, Any], now: dict[str, Any], workdir: epath.
                 f"the {split} data of the run in {workdir} was {saved['data'][split]} and is "
                 f"{fingerprint} now; restore that data or take another --workdir"
             )
-
-
-def _together(find: Callable[[], int]) -> int:
-    """What process 0 finds, for all. Where it raises all do, or they would wait for it."""
-    found, code, error = 0, 0, None
-    if jax.process_index() == 0:
-        try:
-            found = find()
-        except (runtime.LockedError, CheckpointError) as refusal:
-            code, error = refusal.exit_code, refusal
-    found, code = multihost_utils.broadcast_one_to_all(np.array([found, code], np.int32)).tolist()
-    if error or code:
-        raise error or runtime.RefusedError(code)
-    return found
-
-
-def _agreed(value: int) -> int:
-    """What process 0 says."""
-    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
-
-
-def _evaluated(rows: list[metrics_lib.Row], step: int) -> bool:
-    return any(row["step"] == step and "eval/top1" in row for row in rows)
 
 
 def _profiler(workdir: epath.Path, start: int):

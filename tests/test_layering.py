@@ -34,7 +34,7 @@ TABLE = {
     "halonet.models.convert": ("models", "flax jax numpy", "google.protobuf safetensors torch"),
     # A command line: it reads runs as others do, and writes one, whose folder may be gs://.
     "halonet.models.convert.__main__": (
-        "models checkpoint metrics run",
+        "models checkpoint files run",
         "absl etils.epath jax numpy",
         "safetensors",
     ),
@@ -47,22 +47,24 @@ TABLE = {
     "halonet.optim": ("", "jax optax", ""),
     "halonet.sharding": ("", "jax", ""),
     "halonet.checkpoint": ("", "jax orbax", ""),
-    "halonet.metrics": ("", "", "clu"),
+    # One function that several of the rest need.
+    "halonet.files": ("", "", ""),
+    "halonet.metrics": ("files", "", "clu"),
     "halonet.progress": ("", "", ""),
-    "halonet.runtime": ("", "jax", ""),
+    "halonet.runtime": ("files", "jax numpy", ""),
     "halonet.plots": ("", "matplotlib numpy", "PIL sklearn"),
     "halonet.steps": ("", "jax numpy optax", ""),
     # It builds the model and the views of images that a configuration names.
-    "halonet.config": ("data metrics models optim", "absl jax ml_collections", ""),
+    "halonet.config": ("data files models optim", "absl jax ml_collections", ""),
     # "best" is read from the run's own record, hence metrics.
     "halonet.run": (
-        "models data steps checkpoint sharding plots config metrics",
+        "models data steps checkpoint sharding plots config metrics runtime",
         "jax ml_collections numpy",
         "",
     ),
     # It says with which code and packages a result was made, hence runtime; metrics writes whole.
     "halonet.evaluate": (
-        "models data steps checkpoint sharding plots config run runtime metrics",
+        "models data steps checkpoint sharding plots config run runtime files",
         "jax ml_collections numpy",
         "",
     ),
@@ -70,7 +72,7 @@ TABLE = {
     "halonet.recipe": ("models steps optim sharding", "jax ml_collections optax", ""),
     "halonet.train": (
         "models data steps checkpoint sharding plots config run recipe evaluate metrics optim "
-        "runtime progress",
+        "runtime progress files",
         "clu jax ml_collections numpy",
         "",
     ),

@@ -13,7 +13,7 @@ from etils import epath
 from PIL import Image
 
 import halonet
-from halonet import checkpoint, evaluate, metrics, sharding
+from halonet import checkpoint, evaluate, files, metrics, runtime, sharding
 from halonet.config import ConfigError
 from halonet.data.errors import DataError
 from halonet.run import load_run, resolve_step
@@ -82,7 +82,7 @@ class Opened(Exception):
 
 
 def processes(monkeypatch, *, index, says=None):
-    """Makes this one process `index` of several; `says` is what process 0 broadcasts."""
+    """Makes this one process `index` of several; `says` is the number and the code of process 0."""
 
     def open_step(workdir, step):
         raise Opened(step)
@@ -91,25 +91,25 @@ def processes(monkeypatch, *, index, says=None):
     monkeypatch.setattr(jax, "process_index", lambda: index)
     monkeypatch.setattr(
         "jax.experimental.multihost_utils.broadcast_one_to_all",
-        lambda value: sent.append(int(value)) or (value if says is None else np.int32(says)),
+        lambda value: sent.append(value.tolist()) or (value if says is None else np.array(says)),
     )
     return sent, open_step
 
 
 def test_processes_open_the_step_that_the_first_one_finds(workdir, monkeypatch):
-    sent, open_step = processes(monkeypatch, index=1, says=26)
+    sent, open_step = processes(monkeypatch, index=1, says=(26, 0))
     monkeypatch.setattr(checkpoint, "step_folder", open_step)
     with pytest.raises(Opened, match="26"):
         load_run(workdir, "latest", sharding=Spread())
-    assert sent == [0]
+    assert sent == [[0, 0]]
 
 
 @pytest.mark.parametrize(
     ("folder", "step", "kind", "code"),
     [
-        ("", 5, checkpoint.CheckpointError, -4),
-        ("empty", "best", ConfigError, -2),
-        ("", "newest", ValueError, -1),
+        ("", 5, checkpoint.CheckpointError, 4),
+        ("empty", "best", ConfigError, 2),
+        ("", "newest", ValueError, 1),
     ],
 )
 def test_what_the_first_process_does_not_find_all_refuse(
@@ -118,12 +118,12 @@ def test_what_the_first_process_does_not_find_all_refuse(
     sent, _ = processes(monkeypatch, index=0)
     with pytest.raises(kind):
         load_run(workdir / folder, step, sharding=Spread())
-    assert sent == [code]
-    processes(monkeypatch, index=1, says=code)
+    assert sent == [[0, code]]
+    processes(monkeypatch, index=1, says=(0, code))
     # Even where this one finds it.
-    with pytest.raises(ValueError, match="process 0 finds no step 26 in") as refusal:
+    with pytest.raises(runtime.RefusedError, match="process 0 refused; it says why") as refusal:
         load_run(workdir, 26, sharding=Spread())
-    assert refusal.type is kind
+    assert refusal.value.exit_code == code
 
 
 def test_a_folder_without_a_run(tmp_path):
@@ -155,9 +155,9 @@ def test_preprocess_takes_arrays_and_pictures_of_any_size(workdir):
 
 
 def test_evaluation_of_a_checkpoint_equals_that_of_the_run(workdir, tmp_path, capsys, monkeypatch):
-    written, whole = [], metrics.write_whole
+    written, whole = [], files.write_whole
     monkeypatch.setattr(
-        metrics, "write_whole", lambda path, text: (written.append(path), whole(path, text))
+        files, "write_whole", lambda path, text: (written.append(path), whole(path, text))
     )
     result = evaluate.evaluate_checkpoint(CONFIG, workdir, step="latest")
     row = next(

@@ -12,45 +12,17 @@ import jax
 import numpy as np
 import pytest
 
-from halonet import checkpoint, metrics, runtime, train
+from halonet import checkpoint, files, metrics, runtime, train
 from halonet.config import ConfigError
 from halonet.data.errors import DataError
 from halonet.models import create_model
 from halonet.models.cost import cost
 from halonet.runtime import Interrupted
-from tests.small_run import small_config
+from tests.small_run import history, saved_arrays, small_config
 
 
 class CrashError(Exception):
     """Ends a run in the middle."""
-
-
-def saved_arrays(workdir, step):
-    """Every array of a checkpoint, by path, as bytes."""
-    folder = checkpoint.step_folder(workdir, step)
-    with checkpoint.ocp.Checkpointer(checkpoint.ocp.PyTreeCheckpointHandler()) as checkpointer:
-        structure = checkpointer.metadata(folder / "state").item_metadata.tree
-        args = jax.tree.map(
-            lambda _: checkpoint.ocp.RestoreArgs(restore_type=np.ndarray), structure
-        )
-        tree = checkpointer.restore(
-            folder / "state", args=checkpoint.ocp.args.PyTreeRestore(restore_args=args)
-        )
-    return {
-        jax.tree_util.keystr(path): np.asarray(leaf).tobytes()
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
-
-
-def history(workdir):
-    """The reproducible part of metrics.jsonl, as its lines."""
-    lines = []
-    for line in (workdir / "metrics.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        kept = {name: row[name] for name in row if name.startswith(("train/", "eval/"))}
-        if kept:
-            lines.append(json.dumps({"step": row["step"], **kept}))
-    return lines
 
 
 def crash_after_saving(step, monkeypatch):
@@ -177,12 +149,12 @@ def test_a_summary_cut_short_is_none(undisturbed, tmp_path, monkeypatch, text):
 
 @pytest.mark.middle
 def test_a_summary_cut_short_is_written_again(undisturbed, tmp_path, monkeypatch):
-    workdir, whole = tmp_path / "run", metrics.write_whole
+    workdir, whole = tmp_path / "run", files.write_whole
     shutil.copytree(undisturbed[0], workdir)
     (workdir / "summary.json").write_text('{"step": 30, "eval/top1"')
     written = []
     monkeypatch.setattr(
-        metrics, "write_whole", lambda path, text: (written.append(path.name), whole(path, text))
+        files, "write_whole", lambda path, text: (written.append(path.name), whole(path, text))
     )
     summary = train.train_and_evaluate(small_config(), workdir)
     assert json.loads((workdir / "summary.json").read_text()) == summary

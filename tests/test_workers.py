@@ -303,7 +303,8 @@ def test_leaving_ends_the_workers(leave):
         batches = pipeline.train_batches(Numbered(), batch_size=BATCH, seed=0, workers=3)
     next(batches)
     ours = descendants(os.getpid()) - others
-    assert len(ours) == 4  # with the nursery
+    # With the nursery. The worker that fails may have ended before it is counted.
+    assert len(ours) in ((3, 4) if leave == "fail" else (4,))
     if leave == "close":
         batches.close()
         batches.close()

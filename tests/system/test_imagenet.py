@@ -7,8 +7,6 @@ import pathlib
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import tarfile
 
 import numpy as np
@@ -16,10 +14,10 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from halonet import metrics
 from halonet.data import sources
+from tests.small_run import rows
+from tests.system.launch import launch
 
-ROOT = pathlib.Path(__file__).parent.parent.parent
 LABELS = pathlib.Path(tfds.__file__).parent / "datasets" / "imagenet2012" / "validation_labels.txt"
 VAL = 20
 # The builder gives the validation images these labels, in the order of their names.
@@ -77,25 +75,8 @@ def manual_dir(tmp_path_factory):
     return folder
 
 
-def command(*arguments):
-    return subprocess.Popen(
-        [sys.executable, *map(str, arguments)],
-        cwd=ROOT,
-        env={
-            "PATH": "/usr/bin:/bin",
-            "HOME": str(pathlib.Path.home()),
-            "JAX_PLATFORMS": "cpu",
-            "PYTHONUNBUFFERED": "1",
-            "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "xla"),
-        },
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
 def output(*arguments, code=0):
-    process = command(*arguments)
+    process = launch(*arguments)
     out, _ = process.communicate(timeout=300)
     assert process.returncode == code, out
     return out
@@ -106,14 +87,6 @@ def recipe(data_dir, **settings):
     return [
         "--config=configs/mindcv_halonet_50t.py",
         *(f"--config.{key}={value}" for key, value in flags.items()),
-    ]
-
-
-def rows(workdir, prefix):
-    return [
-        {name: value for name, value in row.items() if name.startswith(("step", prefix))}
-        for row in metrics.read_metrics(workdir)
-        if any(name.startswith(prefix) for name in row)
     ]
 
 
@@ -155,7 +128,7 @@ def test_from_archives_to_an_evaluated_model(manual_dir, tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     steps = round(2 * 8 * classes / 32)
     assert f"after {steps} steps" in output(*train, f"--workdir={whole}")
-    process = command(*train, f"--workdir={stopped}")
+    process = launch(*train, f"--workdir={stopped}")
     for line in process.stdout:
         if line.startswith("compiled the step"):
             break

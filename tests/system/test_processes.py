@@ -5,16 +5,14 @@ import pathlib
 import re
 import signal
 import socket
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
-from halonet import checkpoint, metrics, runtime
-from tests import test_train
+from halonet import checkpoint, runtime
+from tests.small_run import rows, saved_arrays
+from tests.system.launch import launch
 
-ROOT = pathlib.Path(__file__).parent.parent.parent
 SETTINGS = {
     "optim.name": "sgd",
     "optim.learning_rate": 0.1,
@@ -36,21 +34,8 @@ def start(workdir, *, mode="train", devices=1, process_id=0, process_count=1, po
             f"--distributed.process_id={process_id}",
             f"--distributed.process_count={process_count}",
         ]
-    return subprocess.Popen(
-        [sys.executable, "main.py", "--config=configs/mnist.py", f"--workdir={workdir}", *flags],
-        cwd=ROOT,
-        env={
-            "PATH": "/usr/bin:/bin",
-            "HOME": str(pathlib.Path.home()),
-            "JAX_PLATFORMS": "cpu",
-            "PYTHONUNBUFFERED": "1",
-            "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "xla"),
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        },
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    command = ("main.py", "--config=configs/mnist.py", f"--workdir={workdir}", *flags)
+    return launch(*command, devices=devices)
 
 
 def finish(*processes):
@@ -58,14 +43,6 @@ def finish(*processes):
     for process, output in zip(processes, outputs, strict=True):
         assert process.returncode == 0, output
     return outputs
-
-
-def rows(workdir, prefix):
-    return [
-        {name: value for name, value in row.items() if name.startswith(prefix)}
-        for row in metrics.read_metrics(workdir)
-        if any(name.startswith(prefix) for name in row)
-    ]
 
 
 @pytest.mark.middle
@@ -200,6 +177,6 @@ def test_a_second_run_a_kill_and_a_flipped_bit_change_nothing(tmp_path):
     for prefix in ("train/", "eval/"):
         assert rows(workdir, prefix) == rows(tmp_path / "undisturbed", prefix)
     disturbed, undisturbed = (
-        test_train.saved_arrays(folder, 40) for folder in (workdir, tmp_path / "undisturbed")
+        saved_arrays(folder, 40) for folder in (workdir, tmp_path / "undisturbed")
     )
     assert disturbed == undisturbed

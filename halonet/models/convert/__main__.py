@@ -24,7 +24,7 @@ from absl import app, flags, logging
 from etils import epath
 
 from halonet import checkpoint
-from halonet.metrics import write_whole
+from halonet.files import write_whole
 from halonet.models import VARIANTS, HaloNet, create_model
 from halonet.models.convert import readers, weights
 from halonet.run import load_run
