@@ -10,7 +10,7 @@ import traceback
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from halonet import runtime
+from halonet import processes, runtime
 from halonet.config import ConfigError, parse_flags
 
 FLAGS = flags.FLAGS
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
             raise ConfigError(f"--force is of --mode=train; leave it out with --mode={FLAGS.mode}")
         runtime.enable_compilation_cache()
         print(
-            runtime.join_processes(
+            processes.join_processes(
                 coordinator=FLAGS["distributed.coordinator"].value,
                 process_id=FLAGS["distributed.process_id"].value,
                 process_count=FLAGS["distributed.process_count"].value,
@@ -66,7 +66,7 @@ def main(argv: list[str]) -> None:
             code = 1
         else:
             print(f"error: {error}" if code != runtime.PREEMPTED else error, file=sys.stderr)
-        runtime.leave(code)
+        processes.leave(code)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from etils import epath
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
-from halonet import checkpoint, metrics, runtime, steps
+from halonet import checkpoint, metrics, processes, steps
 from halonet.config import ConfigError, build_model, center_view, flatten, load_config
 from halonet.data import transforms
 from halonet.models import HaloNet, resize_tables
@@ -118,7 +118,7 @@ def load_run(
 
     # On a run that goes on, each process might find another.
     together = sharding is not None and not sharding.is_fully_addressable
-    step = runtime.agreed(found) if together else found()
+    step = processes.agreed(found) if together else found()
     config, folder = load_config(workdir), checkpoint.step_folder(workdir, step)
     meta = checkpoint.read_meta(folder)
     checkpoint.verify(folder)

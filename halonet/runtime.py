@@ -1,5 +1,5 @@
-"""The process: how it joins others, where compiled programs are kept, how it is told to stop, and
-how it keeps others out of its workdir and itself from hanging.
+"""The process: which code and machine it is of, where compiled programs are kept, how it is told to
+stop, and how it keeps others out of its workdir and itself from hanging.
 """
 
 from __future__ import annotations
@@ -15,17 +15,13 @@ import platform
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from typing import NoReturn
 
 import jax
-import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 
 from halonet.files import write_whole
 
@@ -51,13 +47,6 @@ PEAK_FLOPS = {
 PREEMPTED = 75  # exit code: saved, start me again (EX_TEMPFAIL)
 HUNG = 6  # exit code: no step for too long
 _IMPORTED = time.perf_counter()
-_HEARTBEAT_SECONDS = 50  # without one from a process, the others end
-
-
-class DistributedError(ValueError):
-    """Settings that do not go together. The message is one line."""
-
-    exit_code = 2
 
 
 class Interrupted(Exception):
@@ -70,97 +59,6 @@ class LockedError(ValueError):
     """A workdir that another run is using. The message is one line."""
 
     exit_code = 2
-
-
-class RefusedError(ValueError):
-    """Process 0 refuses what was asked of all, and says why."""
-
-    def __init__(self, exit_code: int):
-        super().__init__("process 0 refused; it says why")
-        self.exit_code = exit_code
-
-
-def agreed(find: Callable[[], int]) -> int:
-    """What process 0 finds, a number, for all processes: another might find something else.
-
-    Where it raises, all do: nobody waits for one that has left. The others raise RefusedError, with
-    the exit code of what process 0 raises.
-    """
-    found, code, error = 0, 0, None
-    if jax.process_index() == 0:
-        try:
-            found = int(find())
-        except Exception as raised:  # whatever it is, the others wait
-            code, error = getattr(raised, "exit_code", 1), raised
-    found, code = multihost_utils.broadcast_one_to_all(np.array([found, code], np.int32)).tolist()
-    if code:
-        raise error or RefusedError(code)
-    return found
-
-
-def join_processes(*, coordinator: str = "", process_id: int = -1, process_count: int = 0) -> str:
-    """Joins the processes of one run, before any device is used.
-
-    With `coordinator` ("host:port") all three must be given. Without it a cluster that says how
-    many processes it started (Slurm, Open MPI, a TPU pod) is joined, and otherwise this process is
-    the only one.
-
-    Returns:
-      A line for the log that says what was found.
-
-    Raises:
-      ValueError: where only some of the settings are given.
-    """
-    if coordinator or process_id >= 0 or process_count:
-        if not (coordinator and 0 <= process_id < process_count):
-            raise DistributedError(
-                f"distributed.coordinator={coordinator!r}, distributed.process_id={process_id} and "
-                f"distributed.process_count={process_count} go together: host:port, and an id from "
-                "0 to count - 1"
-            )
-        how = f"coordinator {coordinator}"
-        _initialize(how, coordinator, process_count, process_id)
-    elif _cluster_size() > 1:
-        how = "detected from the environment"
-        _initialize(how)
-    else:
-        return f"alone, on {jax.device_count()} {jax.default_backend()} device(s)"
-    return (
-        f"process {jax.process_index()} of {jax.process_count()} ({how}), "
-        f"{jax.local_device_count()} of {jax.device_count()} {jax.default_backend()} devices here"
-    )
-
-
-def _initialize(how: str, *settings) -> None:
-    try:
-        jax.distributed.initialize(*settings, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
-    except (RuntimeError, ValueError) as error:
-        line = " ".join(str(error).split())
-        raise DistributedError(f"cannot join the other processes ({how}): {line}") from error
-
-
-def leave(code: int) -> NoReturn:
-    """Ends the process with an exit code; one of several at once.
-
-    JAX's own leaving waits minutes for the others, who wait for this one in a step that it will
-    never join; when it is gone, theirs ends them.
-    """
-    if jax.process_count() > 1 and code not in (0, PREEMPTED):
-        sys.stdout.flush()
-        sys.stderr.flush()
-        if jax.process_index() == 0:
-            time.sleep(2)  # the others end with it: those that leave too shall do so by themselves
-        os._exit(code)
-    sys.exit(code)
-
-
-def _cluster_size() -> int:
-    """Processes that the launcher of this one says it started; 1 where none says anything."""
-    # Of the step, not the allocation: a shell inside salloc is one process.
-    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
-        if os.environ.get(name, "").isdigit():
-            return int(os.environ[name])
-    return max(1, len([h for h in os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",") if h]))
 
 
 def enable_compilation_cache() -> None:

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from halonet import config as config_lib
 from halonet import evaluate as evaluate_lib
-from halonet import files, optim, plots, recipe, run, runtime, sharding, steps
+from halonet import files, optim, plots, processes, recipe, run, runtime, sharding, steps
 from halonet import metrics as metrics_lib
 from halonet.checkpoint import (
     Checkpointer,
@@ -82,7 +82,7 @@ def train_and_evaluate(
     }
     # Process 0 decides for all: a folder seen late by one of them would set them apart.
     summary = _read_summary(workdir) if max(saved_steps(workdir), default=0) == total else {}
-    if runtime.agreed(lambda: bool(summary)):
+    if processes.agreed(lambda: bool(summary)):
         _say_result(summary, workdir, "has ended already")
         return summary
     with contextlib.ExitStack() as closing:
@@ -94,7 +94,7 @@ def train_and_evaluate(
             closing.enter_context(lock)
             return newest_good_step(workdir, print)
 
-        start = runtime.agreed(open_workdir)
+        start = processes.agreed(open_workdir)
         watchdog.at("starting")
         saved_meta = read_meta(step_folder(workdir, start)) if start else {}
         if start:
@@ -232,7 +232,7 @@ def train_and_evaluate(
         seconds = time.perf_counter() - started
         progress.say(f"compiled the step in {seconds:.0f} s")
         progress.pause(seconds)
-        if start and eval_due(start) and not runtime.agreed(evaluated):
+        if start and eval_due(start) and not processes.agreed(evaluated):
             evaluate(start)
         in_flight: collections.deque[steps.Metrics] = collections.deque()
         unrecorded = None

@@ -51,14 +51,15 @@ TABLE = {
     "halonet.files": ("", "", ""),
     "halonet.metrics": ("files", "", "clu"),
     "halonet.progress": ("", "", ""),
-    "halonet.runtime": ("files", "jax numpy", ""),
+    "halonet.runtime": ("files", "jax", ""),
+    "halonet.processes": ("runtime", "jax numpy", "orbax"),
     "halonet.plots": ("", "matplotlib numpy", "PIL sklearn"),
     "halonet.steps": ("", "jax numpy optax", ""),
     # It builds the model and the views of images that a configuration names.
     "halonet.config": ("data files models optim", "absl jax ml_collections", ""),
     # "best" is read from the run's own record, hence metrics.
     "halonet.run": (
-        "models data steps checkpoint sharding plots config metrics runtime",
+        "models data steps checkpoint sharding plots config metrics processes",
         "jax ml_collections numpy",
         "",
     ),
@@ -72,7 +73,7 @@ TABLE = {
     "halonet.recipe": ("models steps optim sharding", "jax ml_collections optax", ""),
     "halonet.train": (
         "models data steps checkpoint sharding plots config run recipe evaluate metrics optim "
-        "runtime progress files",
+        "runtime processes progress files",
         "clu jax ml_collections numpy",
         "",
     ),
@@ -86,7 +87,7 @@ TABLE = {
         "jax ml_collections",
         "",
     ),
-    "main": ("train evaluate export plan config runtime", "absl ml_collections", ""),
+    "main": ("train evaluate export plan config processes runtime", "absl ml_collections", ""),
     "configs": ("configs", "ml_collections", ""),
     "experiments": (
         "halonet configs experiments",

@@ -13,7 +13,7 @@ from etils import epath
 from PIL import Image
 
 import halonet
-from halonet import checkpoint, evaluate, files, metrics, runtime, sharding
+from halonet import checkpoint, evaluate, files, metrics, processes, sharding
 from halonet.config import ConfigError
 from halonet.data.errors import DataError
 from halonet.run import load_run, resolve_step
@@ -81,7 +81,7 @@ class Opened(Exception):
     """Raised with the step that would be restored."""
 
 
-def processes(monkeypatch, *, index, says=None):
+def several(monkeypatch, *, index, says=None):
     """Makes this one process `index` of several; `says` is the number and the code of process 0."""
 
     def open_step(workdir, step):
@@ -97,7 +97,7 @@ def processes(monkeypatch, *, index, says=None):
 
 
 def test_processes_open_the_step_that_the_first_one_finds(workdir, monkeypatch):
-    sent, open_step = processes(monkeypatch, index=1, says=(26, 0))
+    sent, open_step = several(monkeypatch, index=1, says=(26, 0))
     monkeypatch.setattr(checkpoint, "step_folder", open_step)
     with pytest.raises(Opened, match="26"):
         load_run(workdir, "latest", sharding=Spread())
@@ -115,13 +115,13 @@ def test_processes_open_the_step_that_the_first_one_finds(workdir, monkeypatch):
 def test_what_the_first_process_does_not_find_all_refuse(
     workdir, monkeypatch, folder, step, kind, code
 ):
-    sent, _ = processes(monkeypatch, index=0)
+    sent, _ = several(monkeypatch, index=0)
     with pytest.raises(kind):
         load_run(workdir / folder, step, sharding=Spread())
     assert sent == [[0, code]]
-    processes(monkeypatch, index=1, says=(0, code))
+    several(monkeypatch, index=1, says=(0, code))
     # Even where this one finds it.
-    with pytest.raises(runtime.RefusedError, match="process 0 refused; it says why") as refusal:
+    with pytest.raises(processes.RefusedError, match="process 0 refused; it says why") as refusal:
         load_run(workdir, 26, sharding=Spread())
     assert refusal.value.exit_code == code
 
