@@ -76,11 +76,15 @@ def join_processes(*, coordinator: str = "", process_id: int = -1, process_count
 def _initialize(how: str, *settings) -> None:
     # Where some never come, JAX aborts the process from its own code, which names nobody.
     print(f"joining the other processes ({how}) within {_JOIN_SECONDS} s", flush=True)
+    coordinator = settings[0] if settings else ""
+    local = coordinator.rpartition(":")[0] in ("127.0.0.1", "localhost", "[::1]")
     try:
         jax.distributed.initialize(
             *settings,
             initialization_timeout=_JOIN_SECONDS,
             heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+            # JAX opens the port on every interface, and it asks nobody who he is.
+            coordinator_bind_address=coordinator if local else None,
         )
     except (RuntimeError, ValueError) as error:
         line = " ".join(str(error).split())

@@ -36,6 +36,21 @@ def test_with_a_coordinator(no_launcher, joined):
     assert line.startswith("process 0 of 1 (coordinator host:1234), ")
 
 
+@pytest.mark.parametrize(
+    ("coordinator", "bound"),
+    [
+        *((address, address) for address in ("127.0.0.1:1", "localhost:1", "[::1]:1")),
+        *((address, None) for address in ("host:1", "10.0.0.1:1", "127.0.0.1.example.org:1")),
+    ],
+)
+def test_a_local_coordinator_is_local(monkeypatch, coordinator, bound):
+    def initialize(*_, coordinator_bind_address, **__):
+        assert coordinator_bind_address == bound
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    processes.join_processes(coordinator=coordinator, process_id=0, process_count=2)
+
+
 def test_in_a_cluster(no_launcher, joined, monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     assert "(detected from the environment)" in processes.join_processes()
