@@ -8,26 +8,27 @@ import numpy as np
 from configs import mnist
 from halonet import checkpoint, metrics
 
+# The digits config at a size for tests.
+SETTINGS = {
+    "train.epochs": 0,
+    "train.steps": 30,
+    "data.batch_size": 16,
+    "model.bn_group": 2,
+    # What a step draws must be drawn again after an interruption, on any devices.
+    "model.drop_path": 0.1,
+    "augment.mixup": 0.2,
+    "eval.batch_size": 200,
+    "eval.every_steps": 15,
+    "checkpoint.every_steps": 13,
+    "checkpoint.keep_best": 2,
+    "log.every_steps": 4,
+}
+
 
 def small_config(**overrides):
-    """The digits config at a size for tests; overrides by dotted key."""
+    """configs/mnist.py with SETTINGS; overrides by dotted key."""
     config = mnist.get_config()
-    settings = {
-        "train.epochs": 0,
-        "train.steps": 30,
-        "data.batch_size": 16,
-        "model.bn_group": 2,
-        # What a step draws must be drawn again after an interruption, on any devices.
-        "model.drop_path": 0.1,
-        "augment.mixup": 0.2,
-        "eval.batch_size": 200,
-        "eval.every_steps": 15,
-        "checkpoint.every_steps": 13,
-        "checkpoint.keep_best": 2,
-        "log.every_steps": 4,
-        **overrides,
-    }
-    for key, value in settings.items():
+    for key, value in {**SETTINGS, **overrides}.items():
         *groups, name = key.split(".")
         group = config
         for part in groups:

@@ -4,14 +4,13 @@ import json
 import pathlib
 import re
 import signal
-import socket
 
 import numpy as np
 import pytest
 
 from halonet import checkpoint, runtime
 from tests.small_run import rows, saved_arrays
-from tests.system.launch import launch
+from tests.system.launch import free_port, launch
 
 SETTINGS = {
     "optim.name": "sgd",
@@ -85,12 +84,6 @@ def test_what_goes_wrong_is_one_line_and_a_code(tmp_path, settings, code, messag
     assert last.startswith("error: ")
     assert message in last
     assert "Traceback" not in output
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.mark.middle
