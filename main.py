@@ -7,6 +7,10 @@ python main.py --config=configs/mnist.py --workdir=runs/mnist --mode=evaluate
 import sys
 import traceback
 
+if sys.hexversion < 0x030B0000:  # or a package would seem to be missing
+    print(f"error: Python {sys.version.split()[0]}; it must be 3.11 or later", file=sys.stderr)
+    sys.exit(2)
+
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -26,6 +30,7 @@ flags.DEFINE_string("distributed.coordinator", "", "host:port of process 0; empt
 flags.DEFINE_integer("distributed.process_id", -1, "of this process, with a coordinator")
 flags.DEFINE_integer("distributed.process_count", 0, "of the run, with a coordinator")
 flags.mark_flags_as_required(["config", "workdir"])
+flags.register_validator("workdir", lambda it: it != "", "it is empty; it would be this folder: .")
 
 
 def main(argv: list[str]) -> None:

@@ -34,6 +34,12 @@ class RefusedError(ValueError):
         self.exit_code = exit_code
 
 
+class PlatformError(ValueError):
+    """Devices that JAX was asked for and cannot use. The message is one line."""
+
+    exit_code = 2
+
+
 class MissingError(RuntimeError):
     """A process that did not come to where the others wait for it."""
 
@@ -52,6 +58,7 @@ def join_processes(*, coordinator: str = "", process_id: int = -1, process_count
 
     Raises:
       DistributedError: where only some of the settings are given, or nobody can be joined.
+      PlatformError: where JAX has none of the devices that it was asked for.
     """
     if coordinator or process_id >= 0 or process_count:
         if not (coordinator and 0 <= process_id < process_count):
@@ -66,11 +73,21 @@ def join_processes(*, coordinator: str = "", process_id: int = -1, process_count
         how = "detected from the environment"
         _initialize(how)
     else:
-        return f"alone, on {jax.device_count()} {jax.default_backend()} device(s)"
+        return f"alone, on {_devices()} device(s)"
+    devices = _devices()
     return (
         f"process {jax.process_index()} of {jax.process_count()} ({how}), "
-        f"{jax.local_device_count()} of {jax.device_count()} {jax.default_backend()} devices here"
+        f"{jax.local_device_count()} of {devices} devices here"
     )
+
+
+def _devices() -> str:
+    """How many devices JAX uses, and of which platform."""
+    try:
+        return f"{jax.device_count()} {jax.default_backend()}"
+    except (RuntimeError, AssertionError) as error:  # it asserts where a plugin is not installed
+        line = " ".join(str(error).split()) or "its plugin is not installed"
+        raise PlatformError(f"JAX_PLATFORMS={jax.config.jax_platforms or ''}: {line}") from error
 
 
 def _initialize(how: str, *settings) -> None:
@@ -184,7 +201,9 @@ def leave(code: int) -> NoReturn:
     JAX's own leaving waits minutes for the others, who wait for this one in a step that it will
     never join; when it is gone, theirs ends them.
     """
-    if jax.process_count() > 1 and code not in (0, PREEMPTED):
+    # Alone, JAX is not asked: it may be what failed.
+    several = jax.distributed.is_initialized() and jax.process_count() > 1
+    if several and code not in (0, PREEMPTED):
         sys.stdout.flush()
         sys.stderr.flush()
         if jax.process_index() == 0:

@@ -13,7 +13,7 @@ from absl.testing import flagsaver
 
 import main
 from configs import mnist
-from halonet import runtime
+from halonet import processes, runtime
 from halonet.config import ConfigError, parse_flags, save_config
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -98,6 +98,7 @@ UNREADABLE = [
         ["--config=configs/imagnet.py:halonet_h4", "--workdir=w"],
         "--config=configs/imagnet.py:halonet_h4: there is no such file",
     ),
+    ([MNIST, "--workdir="], "flag --workdir=: it is empty; it would be this folder: ."),
     ([MNIST, "--workdirr=w"], "Unknown command line flag 'workdirr'. Did you mean: workdir ?"),
 ]
 
@@ -122,7 +123,7 @@ def test_unreadable_command_line(refused, arguments, message):
 )
 def test_unusable_command_line(refused, monkeypatch, arguments, mentioned):
     # Were it let through, it would end here and not in an hour's training.
-    monkeypatch.setattr(runtime, "join_processes", lambda **settings: sys.exit("let through"))
+    monkeypatch.setattr(processes, "join_processes", lambda **settings: sys.exit("let through"))
     code, message = refused(*arguments)
     assert code == 2
     assert re.search(mentioned, message)
@@ -237,6 +238,29 @@ def test_process_ends_with_one_line(tmp_path, arguments, message):
     assert line_of(done.stderr) == message
     assert done.returncode == 2
     assert not (tmp_path / "w").exists()
+
+
+def test_an_old_python_is_told():
+    program = (
+        "import runpy, sys\nsys.version, sys.hexversion = '3.9.1 (main)', 0x030901F0\n"
+        "runpy.run_path('main.py', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert line_of(done.stderr) == "Python 3.9.1; it must be 3.11 or later"
+    assert done.returncode == 2
+
+
+@pytest.mark.middle
+def test_devices_that_are_not_there_are_one_line(tmp_path):
+    done = subprocess.run(
+        [sys.executable, ROOT / "main.py", MNIST, f"--workdir={tmp_path / 'run'}"],
+        env=os.environ | {"JAX_PLATFORMS": "nonsense"},
+        capture_output=True,
+        text=True,
+    )
+    assert line_of(done.stderr).startswith("JAX_PLATFORMS=nonsense: Unable to initialize backend")
+    assert done.returncode == 2
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.middle

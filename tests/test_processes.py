@@ -58,6 +58,23 @@ def test_in_a_cluster(no_launcher, joined, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (RuntimeError("Unable to initialize backend 'tpu':\nno"), "initialize backend 'tpu': no$"),
+        (AssertionError(), "its plugin is not installed$"),
+    ],
+)
+def test_devices_that_are_not_there_are_one_line(no_launcher, monkeypatch, error, why):
+    def device_count():
+        raise error
+
+    monkeypatch.setattr(jax, "device_count", device_count)
+    with pytest.raises(processes.PlatformError, match=f"^JAX_PLATFORMS=cpu: .*{why}") as caught:
+        processes.join_processes()
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
     "settings",
     [
         {"coordinator": "host:1"},

@@ -4,8 +4,7 @@ import os
 
 import pytest
 
-from tests.system.launch import launch
-from tests.system.test_processes import free_port
+from tests.system.launch import free_port, launch
 
 JOIN = """
 import sys, time
