@@ -78,6 +78,7 @@ def get_config() -> ConfigDict:
     config.train.label_smoothing = 0.1  # probability spread over all classes
     config.train.target_threshold = 0.0  # of binary: targets above it are 1, others 0; 0: as is
     config.train.accumulate = 1  # parts of a batch, one after the other: less memory, same step
+    config.train.skip_nonfinite = 0  # steps of a run left out for a loss that is none; 0: it ends
     config.train.hang_seconds = 1800.0  # without progress, then the process ends; 0: it never does
     config.train.ema_decay = 0.0  # of averaged weights and batch statistics; 0: none are kept
 

@@ -9,10 +9,11 @@ no changed bit in an array. Paths may be gs://.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +21,8 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from halonet.files import room
 
 FORMAT_VERSION = 2  # 1 had no manifest
 FOLDER = "checkpoints"
@@ -81,6 +84,8 @@ class Checkpointer:
                 f"checkpoints in {workdir} need the package {error.name}: "
                 "pip install google-cloud-storage"
             ) from error
+        except (OSError, ValueError) as error:  # of a step's own description, say
+            raise CheckpointError(f"{self._folder} cannot be opened: {_line(error)}") from error
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
         """Starts saving; a failure of the save before this one is raised here.
@@ -94,15 +99,16 @@ class Checkpointer:
             raise CheckpointError(
                 f"step {step} is not saved: {self._folder} has step {newest}, of another start"
             )
-        self._manager.wait_until_finished()
+        self.wait()
         self._saving = step
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_as_dict(state)),
-                meta=ocp.args.JsonSave({"format_version": FORMAT_VERSION, "step": step, **meta}),
-            ),
-        )
+        meta = {"format_version": FORMAT_VERSION, "step": step, **meta}
+        with self._explained():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(_as_dict(state)), meta=ocp.args.JsonSave(meta)
+                ),
+            )
 
     def _write_manifest(self) -> None:
         # Where files cannot be renamed, the step has its own name from the start.
@@ -110,12 +116,31 @@ class Checkpointer:
         write_manifest(next(iter(folders), self._folder / str(self._saving)))
 
     def check_errors(self) -> None:
-        """Raises what went wrong in a save since the last call, without waiting for it."""
-        self._manager.check_for_errors()
+        """Raises what went wrong in a save since the last call, without waiting for it.
+
+        Raises:
+          CheckpointError: where a disk is full, say; with the room that is left.
+        """
+        with self._explained():
+            self._manager.check_for_errors()
 
     def wait(self) -> None:
-        """Returns when everything saved is durable."""
-        self._manager.wait_until_finished()
+        """Returns when everything saved is durable; CheckpointError where that cannot be."""
+        with self._explained():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        # What a full disk, a quota or a bucket raises is of many kinds.
+        except Exception as error:
+            earlier = ", ".join(map(str, saved_steps(self._folder.parent))) or "none"
+            raise CheckpointError(
+                f"step {self._saving} could not be saved into {self._folder}: {_line(error)}; "
+                f"{room(self._folder)}; whole checkpoints there, which the same command goes on "
+                f"from: {earlier}"
+            ) from error
 
     def close(self) -> None:
         """Waits, then ends the manager's threads."""
@@ -319,6 +344,18 @@ def restore_arrays(folder: epath.PathLike, target: dict[str, Any]) -> dict[str, 
             f"cannot restore {folder}, it is damaged: {_line(error)}; without that folder the run "
             "goes on from the checkpoint before"
         ) from error
+
+
+def differing_arrays(workdir: epath.PathLike, abstract_state: Any) -> list[str]:
+    """As `differences`, of the newest checkpoint from a state; none where nothing is saved."""
+    if not (steps := saved_steps(workdir)):
+        return []
+    path = step_folder(workdir, steps[-1]) / "state"
+    try:
+        there = ocp.PyTreeCheckpointHandler().metadata(path).tree
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        return [f"the arrays there cannot be listed: {_line(error)}"]
+    return differences(there, _as_dict(abstract_state))
 
 
 def differences(there: Any, wanted: Any) -> list[str]:

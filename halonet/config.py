@@ -11,7 +11,7 @@ import itertools
 import json
 import math
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -28,7 +28,7 @@ from halonet.models import SCHEMES, HaloNet, create_model
 
 # What may change between the starts of one run: none of it changes what is computed.
 MAY_CHANGE = (
-    *("log.", "checkpoint.", "mesh.", "model.remat", "train.hang_seconds"),
+    *("log.", "checkpoint.", "mesh.", "model.remat", "train.hang_seconds", "train.skip_nonfinite"),
     *("data.data_dir", "data.threads", "data.workers", "data.damaged_limit", "eval.batch_size"),
 )
 
@@ -67,6 +67,7 @@ ADDED = {
     "train.loss": "cross_entropy",
     "train.target_threshold": 0.0,
     "train.accumulate": 1,
+    "train.skip_nonfinite": 0,
     "train.hang_seconds": 1800.0,
     "optim.base_batch": 0,
     "optim.floor": 0.0,
@@ -194,6 +195,7 @@ def check_values(config: ConfigDict) -> None:
             "data.workers",
             "augment.rotate",
             "train.hang_seconds",
+            "train.skip_nonfinite",
             "train.steps",
             "train.epochs",
         ),
@@ -371,11 +373,18 @@ def total_steps(config: ConfigDict, examples: int) -> int:
     return config.train.steps or max(1, round(batches))
 
 
-def check_workdir(config: ConfigDict, workdir: epath.PathLike) -> None:
+def check_workdir(
+    config: ConfigDict,
+    workdir: epath.PathLike,
+    arrays: Callable[[], Sequence[str]] = tuple,
+) -> None:
     """Refuses a workdir that holds another run.
 
+    Args:
+      arrays: in which arrays the states of the two differ, a text for each; asked where keys do.
+
     Raises:
-      ConfigError: listing the keys that differ, but for those of `MAY_CHANGE`.
+      ConfigError: listing the keys that differ, but for those of `MAY_CHANGE`, and the arrays.
     """
     if not (epath.Path(workdir) / "config.json").exists():
         return
@@ -389,6 +398,7 @@ def check_workdir(config: ConfigDict, workdir: epath.PathLike) -> None:
         raise ConfigError(
             f"{workdir} belongs to a run of another configuration ({'; '.join(differing)}); "
             "take another --workdir, or the old values"
+            + "".join(f"\n  {array}" for array in arrays())
         )
 
 

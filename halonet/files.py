@@ -1,18 +1,51 @@
-"""Files that are never half there."""
+"""Files that are never half there, and what to say where there is no room for them."""
 
 from __future__ import annotations
 
 import os
+import pathlib
+import shutil
 
 from etils import epath
 
 
+class WriteError(OSError):
+    """A file that could not be written. The message is one line, with the room that is left."""
+
+    exit_code = 4
+
+    def __init__(self, path: epath.PathLike, error: OSError):
+        super().__init__(error.errno, error.strerror or str(error))
+        self._path = path
+
+    def __str__(self) -> str:
+        return f"{self._path} cannot be written: {self.strerror}; {room(self._path)}"
+
+
+def room(path: epath.PathLike) -> str:
+    """How much the file system of a path, which need not exist, has free, as a text."""
+    if "://" in str(path):
+        return "how much is free there is not known"
+    folder = pathlib.Path(path).absolute()
+    while not folder.is_dir():
+        folder = folder.parent
+    return f"{shutil.disk_usage(folder).free / 1e9:.1f} GB are free there (a quota may leave less)"
+
+
 def write_whole(path: epath.Path, text: str) -> None:
-    """Writes a file such that a kill leaves the old one or the new one, never half of it."""
+    """Writes a file such that a kill leaves the old one or the new one, never half of it.
+
+    Raises:
+      WriteError: where a disk is full, or the folder cannot be written.
+    """
     if "://" in str(path):
         path.write_text(text)  # an object appears when it is complete
-    else:
-        # Of its own, since another process may be writing the same file.
-        part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        return
+    # Of its own, since another process may be writing the same file.
+    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
         part.write_text(text)
         part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise WriteError(path, error) from error

@@ -8,10 +8,12 @@ joins the parts and drops what a later start, from an earlier step, wrote again.
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import json
 import math
 import os
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +24,7 @@ from halonet.files import write_whole
 Row = dict[str, Any]
 PARTS = "metrics"
 EVENTS = "tensorboard"
+SPENT = "perf/seconds_"  # and what on: seconds of a start
 
 
 class MetricsLog:
@@ -31,12 +34,15 @@ class MetricsLog:
       workdir: the run's folder.
       start_step: the step from which this start goes on; 0 for a fresh run.
       primary: whether this process writes; the others only keep what they are given.
+      began: when this start did, in seconds since 1970.
     """
 
-    def __init__(self, workdir: epath.PathLike, *, start_step: int, primary: bool = True):
+    def __init__(
+        self, workdir: epath.PathLike, *, start_step: int, primary: bool = True, began: float = 0.0
+    ):
         workdir = epath.Path(workdir)
         self._rows = read_metrics(workdir, until=start_step)
-        self._mine: list[Row] = [{"step": start_step, "perf/started": 1.0}]
+        self._mine: list[Row] = [{"step": start_step, "perf/started": began or time.time()}]
         self._rows += self._mine
         self._path = None
         self._events_folder = workdir / EVENTS
@@ -125,11 +131,42 @@ def read_metrics(workdir: epath.PathLike, *, until: float = math.inf) -> list[Ro
       until: rows beyond this step are dropped too.
     """
     rows: list[Row] = []
-    for path in _part_paths(epath.Path(workdir)):
-        part = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-        if part:
-            rows = [row for row in rows if row["step"] <= part[0]["step"]] + part
+    for part in _parts(epath.Path(workdir)):
+        rows = [row for row in rows if row["step"] <= part[0]["step"]] + part
     return [row for row in rows if row["step"] <= until]
+
+
+def goodput(workdir: epath.PathLike, ended: float) -> dict[str, float]:
+    """What the time of a run went on, over all its starts.
+
+    Args:
+      ended: when the last start did, in seconds since 1970.
+
+    Returns:
+      "goodput/starts" and "goodput/seconds" since the first; and as shares of these "goodput/NAME"
+      for each `perf/seconds_NAME` of the rows, a start's own at that time, and "goodput/lost":
+      steps that a later start had to take again, and the time in which nothing ran.
+    """
+    # Of a run that an older version began, what came later.
+    parts = [part for part in _parts(epath.Path(workdir)) if part[0]["perf/started"] > 1]
+    ends = [part[0]["step"] for part in parts[1:]] + [math.inf]
+    spent: dict[str, float] = collections.defaultdict(float)
+    for part, end in zip(parts, ends, strict=True):
+        timed = [row for row in part if SPENT + "step" in row and row["step"] <= end]
+        for name, seconds in timed[-1].items() if timed else ():
+            if name.startswith(SPENT):
+                spent[name.removeprefix(SPENT)] += seconds
+    whole = ended - parts[0][0]["perf/started"]
+    spent["lost"] = max(0.0, whole - sum(spent.values()))
+    shares = {f"goodput/{name}": seconds / whole for name, seconds in spent.items()}
+    return {"goodput/starts": len(parts), "goodput/seconds": whole, **shares}
+
+
+def _parts(workdir: epath.Path) -> list[list[Row]]:
+    """The rows of each start."""
+    texts = [path.read_text().splitlines() for path in _part_paths(workdir)]
+    parts = [[json.loads(line) for line in lines if line.endswith("}")] for lines in texts]
+    return [part for part in parts if part]
 
 
 def best_steps(rows: list[Row], count: int, name: str = "eval/top1") -> list[int]:

@@ -59,6 +59,7 @@ def train_step(
         seed=config.seed,
         accumulate=config.train.accumulate,
         shares=mesh.size,
+        skip_nonfinite=config.train.skip_nonfinite > 0,
     )
 
 

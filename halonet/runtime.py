@@ -4,6 +4,7 @@ stop, and how it keeps others out of its workdir and itself from hanging.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import datetime
 import faulthandler
@@ -269,7 +270,7 @@ class WorkdirLock:
 
 
 class Watchdog:
-    """A context that ends a process which makes no progress, having said where it stood.
+    """A context that knows what the process does, and ends it when it makes no progress.
 
     A run that hangs holds its machines until somebody looks; one that ends is started again.
 
@@ -281,6 +282,7 @@ class Watchdog:
     def __init__(self, seconds: float, *, leave: Callable[[int], None] = os._exit):
         self._seconds, self._leave = seconds, leave
         self._now = ("starting", time.monotonic())
+        self._spent: dict[str, float] = collections.defaultdict(float)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -297,7 +299,17 @@ class Watchdog:
 
     def at(self, what: str) -> None:
         """Says that the process has come to `what`: "waiting for data", say."""
-        self._now = (what, time.monotonic())
+        (before, since), now = self._now, time.monotonic()
+        self._spent[before] += now - since
+        self._now = (what, now)
+
+    def seconds(self) -> dict[str, float]:
+        """What went on each thing so far, else 0; on "starting", all before the context too."""
+        self.at(self._now[0])
+        before = process_seconds() - sum(self._spent.values())
+        found = collections.defaultdict(float, self._spent)
+        found["starting"] += before
+        return found
 
     def over(self, what: str, items: Iterable) -> Iterator:
         """The items, each of which is progress."""

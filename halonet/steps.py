@@ -220,6 +220,7 @@ def train_step(
     seed: int = 0,
     accumulate: int = 1,
     shares: int = 1,
+    skip_nonfinite: bool = False,
 ) -> tuple[TrainState, Metrics]:
     """One optimizer step.
 
@@ -240,6 +241,7 @@ def train_step(
         of the whole batch in the memory of a part. Batch statistics are the same where groups of
         `BatchNorm` lie within a part.
       shares: devices that share the batch; a part has as much of each.
+      skip_nonfinite: where the loss or the gradient is no number, only `state.step` moves on.
 
     Returns:
       The next state, and sums over the batch: "loss", "top1" and "count", beside the scalars
@@ -312,7 +314,17 @@ def train_step(
             ema,
             {"params": params, "batch_stats": batch_stats},
         )
-    return TrainState(state.step + 1, params, batch_stats, opt_state, ema), metrics
+    new = TrainState(state.step + 1, params, batch_stats, opt_state, ema)
+    if skip_nonfinite:
+        taken = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        kept = dataclasses.replace(state, step=new.step)
+        new = jax.tree.map(lambda moved, before: jnp.where(taken, moved, before), new, kept)
+    return new, metrics
+
+
+def finite_leaves(tree: Any) -> Bool[Array, " leaves"]:
+    """Of each array of a tree, in the order of its leaves, whether all its numbers are some."""
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)])
 
 
 def _parts(x: Array, parts: int, shares: int) -> Array:

@@ -11,18 +11,29 @@ import time
 from typing import Any
 
 import jax
-from clu import parameter_overview
 from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from halonet import config as config_lib
 from halonet import evaluate as evaluate_lib
-from halonet import files, optim, plots, processes, recipe, run, runtime, sharding, steps
+from halonet import (
+    files,
+    health,
+    plots,
+    processes,
+    recipe,
+    report,
+    run,
+    runtime,
+    sharding,
+    steps,
+)
 from halonet import metrics as metrics_lib
 from halonet.checkpoint import (
     Checkpointer,
     abstract_on,
+    differing_arrays,
     newest_good_step,
     read_meta,
     restore_state,
@@ -38,14 +49,8 @@ from halonet.progress import Progress
 # Steps given to the devices ahead of the one whose result was last seen: enough to keep them busy,
 # few enough that the batches waiting there stay small.
 STEPS_IN_FLIGHT = 2
-# Of the last start: the step's compilation, and the process up to its first step.
-STARTUP = ("perf/compile_seconds", "perf/startup_seconds")
-
-
-class NonFinite(FloatingPointError):
-    """The loss is no number any more. The checkpoints are from before."""
-
-    exit_code = 5
+# What may differ between the processes of a run: what each of them has of its own.
+OF_A_PROCESS = ("data.data_dir", "data.threads", "data.workers")
 
 
 def train_and_evaluate(
@@ -60,62 +65,74 @@ def train_and_evaluate(
 
     Raises:
       ConfigError, DataError: before anything compiles, in one line.
+      DistributedError, MissingError: where the processes are not of one run, or not all there.
       LockedError: where another run holds the workdir.
-      CheckpointError: where a checkpoint cannot be restored.
+      CheckpointError, WriteError: where a checkpoint or another file cannot be read or written.
       Interrupted: after a SIGTERM or Ctrl-C, the state being saved.
-      NonFinite: where the loss is no longer finite.
+      NonFinite: where loss, gradient or state is no longer finite.
+      OutOfMemory: where devices or host have too little.
     """
-    began = time.perf_counter()
+    began = time.time() - runtime.process_seconds()
     workdir = epath.Path(workdir)
     primary = jax.process_index() == 0
+    # A little before the watchdog, which names nobody.
+    patience = 0.8 * config.train.hang_seconds or 86_400.0
 
     # Data, model and mesh: everything that can be refused is refused here.
     train_source = evaluate_lib.open_split(config, config.data.train_split)
     eval_source = evaluate_lib.open_split(config, config.data.eval_split)
     model = config_lib.validate(config, num_classes=len(train_source.classes))
     mesh = evaluate_lib.make_mesh(config)
-    config_lib.check_workdir(config, workdir)
     total = config_lib.total_steps(config, len(train_source))
     meta = {
         "data": {"train": train_source.fingerprint, "eval": eval_source.fingerprint},
         "classes": list(train_source.classes),
     }
+    settings = {f"config.{key}": value for key, value in config_lib.flatten(config).items()}
+    for key in OF_A_PROCESS:
+        del settings[f"config.{key}"]
+    code = {"code": runtime.code_version(), **runtime.versions()}
+    processes.check_alike({"--workdir": str(workdir), **settings, **meta, **code}, patience)
+
+    # The state, abstract first: its arrays and shardings are known before any exists.
+    schedule = recipe.schedule(config, total)
+    tx = recipe.optimizer(config, schedule)
+    init = functools.partial(
+        sharding.seeing(mesh, steps.init_state),
+        init_fn=init_function(model, config.init.scheme),
+        tx=tx,
+        image_size=config.data.image_size,
+        ema=config.train.ema_decay > 0,
+    )
+    key = jax.random.key(config.seed)
+    abstract_state = jax.eval_shape(init, key)
+    config_lib.check_workdir(
+        config, workdir, functools.partial(differing_arrays, workdir, abstract_state)
+    )
     # Process 0 decides for all: a folder seen late by one of them would set them apart.
-    summary = _read_summary(workdir) if max(saved_steps(workdir), default=0) == total else {}
-    if processes.agreed(lambda: bool(summary)):
-        _say_result(summary, workdir, "has ended already")
+    summary = report.read_summary(workdir) if max(saved_steps(workdir), default=0) == total else {}
+    if processes.agreed(lambda: bool(summary), patience):
+        report.say_result(summary, workdir, "has ended already")
         return summary
     with contextlib.ExitStack() as closing:
         watchdog = closing.enter_context(runtime.Watchdog(config.train.hang_seconds))
-        watchdog.at("opening the workdir")
+        flat = config_lib.flatten(config)
+        closing.enter_context(health.explained(flat, mesh.size, abstract_state.params))
+        stop = closing.enter_context(runtime.StopSignal(enabled=jax.process_count() == 1))
         lock = runtime.WorkdirLock(workdir, force=force, enabled=primary)
 
         def open_workdir() -> int:
             closing.enter_context(lock)
             return newest_good_step(workdir, print)
 
-        start = processes.agreed(open_workdir)
-        watchdog.at("starting")
+        start = processes.agreed(open_workdir, patience)
         saved_meta = read_meta(step_folder(workdir, start)) if start else {}
         if start:
             _check_same_data(saved_meta, meta, workdir)
-        multihost_utils.sync_global_devices("every process has read the workdir")
-
-        # The state, abstract first: its shardings are known before any array exists.
-        schedule = recipe.schedule(config, total)
-        tx = recipe.optimizer(config, schedule)
-        init = functools.partial(
-            sharding.seeing(mesh, steps.init_state),
-            init_fn=init_function(model, config.init.scheme),
-            tx=tx,
-            image_size=config.data.image_size,
-            ema=config.train.ema_decay > 0,
-        )
-        key = jax.random.key(config.seed)
-        abstract_state = jax.eval_shape(init, key)
-        shardings = sharding.state_shardings(abstract_state, mesh)
+        processes.meet("reading the workdir", patience)
 
         # Start, from weights where the configuration names some, or go on from a checkpoint.
+        shardings = sharding.state_shardings(abstract_state, mesh)
         placed_state, said = abstract_on(abstract_state, shardings), []
         if start:
             state = restore_state(workdir, start, placed_state)
@@ -124,10 +141,17 @@ def train_and_evaluate(
             state = steps.start_from(jax.jit(init, out_shardings=shardings)(key), variables)
         else:
             state = jax.jit(init, out_shardings=shardings)(key)
+        finite = health.FiniteCheck(
+            limit=config.train.skip_nonfinite,
+            workdir=workdir,
+            mesh=mesh,
+            before=saved_meta.get("skipped", 0),
+        )
+        finite.state(start, state)
         # Not before: weights that are refused leave the workdir to the next attempt.
         if primary:
             config_lib.save_config(config, workdir)
-        log = metrics_lib.MetricsLog(workdir, start_step=start, primary=primary)
+        log = metrics_lib.MetricsLog(workdir, start_step=start, primary=primary, began=began)
         closing.callback(log.close)
         checkpointer = Checkpointer(
             workdir,
@@ -177,24 +201,29 @@ def train_and_evaluate(
             enabled=primary,
         )
 
-        def record(step: int, metrics: steps.Metrics, *, write: bool = True) -> None:
-            """Writes the row of one step, having looked that its numbers are some."""
+        def settle(step: int, metrics: steps.Metrics, row_due: bool) -> None:
+            """Waits for a step, looks at its numbers, and writes its row where one is due."""
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            finite.step(step, values)
+            damage.add(int(values.get("damaged", 0)))
+            if not row_due:
+                return
             count = values.pop("count")
             values |= {name: values[name] / count for name in ("loss", "top1")}
-            for name in ("loss", "grad_norm"):
-                if not math.isfinite(values[name]):
-                    raise NonFinite(
-                        f"the {name} of step {step} is {values[name]}; the checkpoints in "
-                        f"{workdir} are from before; a smaller optim.learning_rate or "
-                        "optim.clip_norm may help"
-                    )
-            if not write:
-                return
-            row = {f"train/{name}": value for name, value in values.items()}
+            if config.train.skip_nonfinite:
+                values["skipped"] = finite.skipped
+            # The numbers of a step that was passed over are none.
+            row = {f"train/{name}": x for name, x in values.items() if math.isfinite(x)}
             row |= progress.rates(step, batches.wait_seconds)
             log.write(step, row)
             progress.show(step, row)
+
+        def record_time(step: int) -> None:
+            seconds = watchdog.seconds()
+            row = {
+                name: sum(seconds[phase] for phase in report.SPENT[name]) for name in report.SPENT
+            }
+            log.write(step, {metrics_lib.SPENT + name: row[name] for name in row})
 
         def evaluate(step: int) -> None:
             """Scores the averaged weights, where they are kept, and writes the row."""
@@ -222,8 +251,9 @@ def train_and_evaluate(
 
         for line in said:
             progress.say(line)
-        _introduce(progress, config, workdir, abstract_state.params, mesh, start=start, total=total)
-        stop = closing.enter_context(runtime.StopSignal(enabled=jax.process_count() == 1))
+        report.introduce(
+            progress, config, workdir, abstract_state.params, mesh, start=start, total=total
+        )
         # Compiled once and for all: a batch of another shape would be an error, not a compilation.
         watchdog.at("compiling the step")
         progress.say("compiling the step (kept for later starts)")
@@ -234,8 +264,9 @@ def train_and_evaluate(
         progress.pause(seconds)
         if start and eval_due(start) and not processes.agreed(evaluated):
             evaluate(start)
-        in_flight: collections.deque[steps.Metrics] = collections.deque()
-        unrecorded = None
+        if stop.name:
+            raise runtime.Interrupted(f"{stop.name} before step {start + 1}: nothing to save")
+        in_flight: collections.deque[tuple[int, steps.Metrics, bool]] = collections.deque()
         for step in range(start + 1, total + 1):
             watchdog.at("waiting for data")
             batch = next(batches)
@@ -244,14 +275,12 @@ def train_and_evaluate(
             # From here on the devices have work: what earlier steps returned may be read.
             if step == start + 1:
                 measured = (seconds, runtime.process_seconds())
-                log.write(start, dict(zip(STARTUP, measured, strict=True)))
-            if unrecorded:
-                record(*unrecorded)
-            in_flight.append(metrics)
+                log.write(start, dict(zip(report.STARTUP, measured, strict=True)))
+            save = eval_due(step) or step % config.checkpoint.every_steps == 0
+            # Stopping adds no row: the history stays that of an undisturbed run.
+            in_flight.append((step, metrics, save or step % config.log.every_steps == 0))
             if len(in_flight) > STEPS_IN_FLIGHT:
-                seen = in_flight.popleft()
-                seen["loss"].block_until_ready()
-                damage.add(int(seen.get("damaged", 0)))
+                settle(*in_flight.popleft())
             checkpointer.check_errors()
             lock.check()
             if profile:
@@ -260,26 +289,24 @@ def train_and_evaluate(
             stopping = stop.name
             if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
                 stopping = "a preemption notice"
-            save = eval_due(step) or step % config.checkpoint.every_steps == 0
-            # Stopping adds no row: the history stays that of an undisturbed run.
-            row_due = save or step % config.log.every_steps == 0
-            unrecorded = (step, metrics) if row_due else None
             if save or stopping:
                 # A checkpoint never knows more than the record: its row is written first.
-                record(step, metrics, write=row_due)
-                unrecorded = None
-                for seen in in_flight:
-                    damage.add(int(seen.get("damaged", 0)))
-                in_flight.clear()
+                while in_flight:
+                    settle(*in_flight.popleft())
                 watchdog.at("saving a checkpoint")
-                checkpointer.save(step, state, {**meta, "damaged": damage.counted()})
+                finite.state(step, state)
+                counts = {"damaged": damage.counted(), "skipped": finite.skipped}
+                checkpointer.save(step, state, {**meta, **counts})
+                if stopping:
+                    checkpointer.wait()
+                record_time(step)
             if eval_due(step):
                 evaluate(step)
             if stopping and step < total:
                 raise runtime.Interrupted(
                     f"{stopping} at step {step} of {total}: saved; the same command goes on"
                 )
-        watchdog.at("waiting for the checkpoint")
+        watchdog.at("saving a checkpoint")
         checkpointer.wait()
         watchdog.at("drawing predictions")
         variables = state.ema or {"params": state.params, "batch_stats": state.batch_stats}
@@ -291,15 +318,20 @@ def train_and_evaluate(
             config=config,
             mesh=mesh,
         )
-        summary = _summarise(log.rows(), total, abstract_state.params, time.perf_counter() - began)
+        record_time(total)
+        ended = time.time()
+        summary = report.summarise(log.rows(), total, abstract_state.params, ended - began)
         if config.data.damaged == "skip":
             summary["damaged"] = damage.counted()["total"]
+        if config.train.skip_nonfinite:
+            summary["skipped"] = finite.skipped
         if primary:
+            summary |= metrics_lib.goodput(workdir, ended)
             log.finish()
             plots.learning_curves(log.rows(), workdir / "curves.png")
             text = json.dumps(summary, indent=2) + "\n"
             files.write_whole(workdir / "summary.json", text)
-            _say_result(summary, workdir, "is done")
+            report.say_result(summary, workdir, "is done")
         return summary
 
 
@@ -332,84 +364,3 @@ def _profiler(workdir: epath.Path, start: int):
         profile_duration_ms=0,
         every_secs=None,
     )
-
-
-def _introduce(
-    progress: Progress,
-    config: ConfigDict,
-    workdir: epath.Path,
-    params: Any,
-    mesh: jax.sharding.Mesh,
-    *,
-    start: int,
-    total: int,
-) -> None:
-    """Says what is about to happen, and writes the full table of parameters."""
-    table = {top: parameter_overview.count_parameters(tree) for top, tree in sorted(params.items())}
-    width = max(map(len, table))
-    for top, count in table.items():
-        progress.say(f"  {top:<{width}} {count:>12,}")
-    progress.say(f"  {'parameters':<{width}} {sum(table.values()):>12,}")
-    if jax.process_index() == 0:
-        overview = parameter_overview.get_parameter_overview(params, include_stats=False)
-        (workdir / "parameters.txt").write_text(overview + "\n")
-    progress.say(
-        f"training {config.model.name} on {config.data.name}: steps {start + 1} to {total}, "
-        f"{config.data.batch_size} images each, on {mesh.size} {jax.default_backend()} device(s), "
-        f"into {workdir}"
-    )
-    kind = mesh.devices.flat[0].device_kind
-    if kind not in runtime.PEAK_FLOPS and jax.default_backend() != "cpu":
-        progress.say(f"no perf/mfu: the peak of a {kind!r} is not in halonet.runtime.PEAK_FLOPS")
-    rate, base = config.optim.learning_rate, config.optim.base_batch
-    if base:
-        batch = config.data.batch_size
-        peak = optim.scaled(rate, batch_size=batch, base_batch=base)
-        progress.say(f"learning rate up to {peak:g} = {rate:g} * batch {batch} / {base}")
-    if start:
-        progress.say(f"going on from the checkpoint of step {start}")
-
-
-def _summarise(
-    rows: list[metrics_lib.Row], total: int, params: Any, seconds: float
-) -> dict[str, Any]:
-    """What summary.json holds: the last evaluation, the best one, size and speed."""
-    evaluations = [row for row in rows if "eval/top1" in row]
-    best = metrics_lib.best_steps(rows, 1)[0]
-    medians = {}
-    for name in ("perf/images_per_second", "perf/data_wait", "perf/mfu"):
-        if values := sorted(row[name] for row in rows if name in row):
-            medians[name] = values[len(values) // 2]
-    return {
-        "step": total,
-        **{name: value for name, value in evaluations[-1].items() if name.startswith("eval/")},
-        "best/step": best,
-        "best/top1": max(row["eval/top1"] for row in evaluations if row["step"] == best),
-        "parameters": int(parameter_overview.count_parameters(params)),
-        **medians,
-        **{name: row[name] for row in rows for name in STARTUP if name in row},
-        "perf/seconds": seconds,
-    }
-
-
-def _read_summary(workdir: epath.Path) -> dict[str, Any]:
-    """summary.json; {} where there is none that can be read: the run has not ended then."""
-    try:
-        return json.loads((workdir / "summary.json").read_text())
-    except (FileNotFoundError, ValueError):
-        return {}
-
-
-def _say_result(summary: dict[str, Any], workdir: epath.Path, what: str) -> None:
-    if jax.process_index() == 0:
-        print(
-            f"\n{workdir} {what}: held-out top-1 {100 * summary['eval/top1']:.2f} % of "
-            f"{summary['eval/count']:.0f} after {summary['step']} steps "
-            f"(best {100 * summary['best/top1']:.2f} % at step {summary['best/step']}); "
-            f"{summary['perf/images_per_second']:,.0f} images/s, "
-            f"{summary['perf/seconds']:.0f} s since its last start"
-            + (f"; {n} images stood for damaged ones" if (n := summary.get("damaged")) else "")
-            + f"\n"
-            f"  {workdir}/curves.png, predictions.png, summary.json, metrics.jsonl, tensorboard/\n"
-            f'  in Python: run = halonet.load_run("{workdir}")'
-        )

@@ -200,8 +200,19 @@ def test_a_failed_save_is_raised_by_the_next_call(tmp_path, monkeypatch):
 
     monkeypatch.setattr("orbax.checkpoint._src.path.atomicity.on_commit_callback", fail)
     checkpointer.save(1, make_state(1), {})
-    with pytest.raises(OSError, match="no space left"):
+    message = (
+        r"^step 1 could not be saved into .*/checkpoints: no space left; [\d.]+ GB are free there "
+        r".*; whole checkpoints there, which the same command goes on from: none$"
+    )
+    with pytest.raises(checkpoint.CheckpointError, match=message):
         checkpointer.wait()
+
+
+def test_a_step_described_by_nonsense_is_one_line(tmp_path):
+    save(tmp_path, 4)
+    (checkpoint.step_folder(tmp_path, 4) / "_CHECKPOINT_METADATA").write_text("[]")
+    with pytest.raises(checkpoint.CheckpointError, match=r"checkpoints cannot be opened: .* dict"):
+        make_checkpointer(tmp_path)
 
 
 def flip(path, bit):

@@ -324,7 +324,7 @@ def test_another_config_is_refused(config, tmp_path):
 
 # None of these changes what is computed.
 MAY_CHANGE = {
-    "train.hang_seconds",
+    *("train.hang_seconds", "train.skip_nonfinite"),
     *("data.data_dir", "data.threads", "data.workers", "data.damaged_limit", "eval.batch_size"),
     *("log.every_steps", "log.profile"),
     *("checkpoint.every_steps", "checkpoint.keep_latest", "checkpoint.keep_best"),

@@ -46,7 +46,8 @@ TABLE = {
     "halonet.data.sources": ("data", "PIL numpy", "google tensorflow_datasets"),
     "halonet.optim": ("", "jax optax", ""),
     "halonet.sharding": ("", "jax", ""),
-    "halonet.checkpoint": ("", "jax orbax", ""),
+    "halonet.checkpoint": ("files", "jax orbax", ""),
+    "halonet.health": ("sharding steps", "jax numpy", ""),
     # One function that several of the rest need.
     "halonet.files": ("", "", ""),
     "halonet.metrics": ("files", "", "clu"),
@@ -71,9 +72,10 @@ TABLE = {
     ),
     # What a configuration trains by, as plain functions for the step's compilation.
     "halonet.recipe": ("models steps optim sharding", "jax ml_collections optax", ""),
+    "halonet.report": ("metrics optim runtime progress", "clu jax ml_collections", ""),
     "halonet.train": (
-        "models data steps checkpoint sharding plots config run recipe evaluate metrics optim "
-        "runtime processes progress files",
+        "models data steps checkpoint sharding plots config run recipe evaluate metrics "
+        "runtime processes progress files health report",
         "clu jax ml_collections numpy",
         "",
     ),
@@ -112,7 +114,7 @@ TABLE = {
 # Below these, functions take plain keyword arguments.
 KNOW_THE_CONFIG = {
     *("main", "halonet.train", "halonet.evaluate", "halonet.run", "halonet.config"),
-    "halonet.recipe",
+    *("halonet.recipe", "halonet.report"),
     *("halonet.export", "halonet.plan", "halonet.data.__main__"),
 }
 

@@ -5,7 +5,7 @@ import json
 import clu
 import pytest
 
-from halonet.metrics import EVENTS, MetricsLog, best_steps, read_metrics
+from halonet.metrics import EVENTS, MetricsLog, best_steps, goodput, read_metrics
 
 
 class NoEvents:
@@ -52,7 +52,7 @@ def losses(rows):
 
 
 def test_rows_are_in_the_file_at_once(events, tmp_path):
-    log = MetricsLog(tmp_path, start_step=0)
+    log = MetricsLog(tmp_path, start_step=0, began=1.0)
     assert read_metrics(tmp_path) == [start(0)]
     log.write(10, {"train/loss": 2.5, "perf/images_per_second": 100.0})
     row = {"step": 10, "train/loss": 2.5, "perf/images_per_second": 100.0}
@@ -183,3 +183,45 @@ def test_tensorboard_reads_the_events(tmp_path):
         for event in events.Tensors("train/loss")
     ]
     assert found == [(10, 1.5), (20, 2.5)]
+
+
+def start_of(step, began, *timed):
+    """The rows of a start: (step, seconds of steps, seconds of evaluation)."""
+    rows = [{"step": step, "perf/started": began}]
+    return rows + [
+        {"step": at, "perf/seconds_step": a, "perf/seconds_evaluation": b} for at, a, b in timed
+    ]
+
+
+def write_starts(workdir, *starts):
+    (workdir / "metrics").mkdir()
+    for number, rows in enumerate(starts):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (workdir / "metrics" / f"{number:03}.jsonl").write_text(text)
+
+
+def test_where_the_time_of_a_run_went(tmp_path):
+    write_starts(
+        tmp_path,
+        # Of the first start what came after step 20 was lost, and 30 s in which nothing ran.
+        start_of(0, 1e9, (10, 10.0, 2.0), (20, 20.0, 4.0), (30, 30.0, 6.0)),
+        start_of(20, 1e9 + 66, (40, 25.0, 5.0)),
+    )
+    assert goodput(tmp_path, 1e9 + 100) == {
+        "goodput/starts": 2,
+        "goodput/seconds": 100.0,
+        "goodput/step": pytest.approx(0.45),
+        "goodput/evaluation": pytest.approx(0.09),
+        "goodput/lost": pytest.approx(0.46),
+    }
+
+
+def test_a_start_that_saved_nothing_is_lost(tmp_path):
+    write_starts(tmp_path, start_of(0, 1e9), start_of(0, 1e9 + 50, (5, 25.0, 15.0)))
+    found = goodput(tmp_path, 1e9 + 100)
+    assert (found["goodput/step"], found["goodput/lost"]) == (0.25, 0.6)
+
+
+def test_starts_of_older_versions_have_no_time(tmp_path):
+    write_starts(tmp_path, start_of(0, 1.0), start_of(7, 1e9, (9, 5.0, 5.0)))
+    assert goodput(tmp_path, 1e9 + 10)["goodput/seconds"] == 10

@@ -293,6 +293,22 @@ def test_a_fresh_state_owns_each_buffer_once():
     assert len(set(buffers)) == len(buffers)
 
 
+@pytest.mark.parametrize("none", [jnp.nan, jnp.inf])
+def test_a_step_without_a_loss_changes_nothing_but_its_number(batch, none):
+    tx = optax.adam(0.1)
+    state = steps.init_state(jax.random.key(0), init_fn=Linear.init, tx=tx, image_size=2, ema=True)
+    skipping = {"tx": tx, "skip_nonfinite": True}
+    taken, metrics = train_step(state, batch, **skipping)
+    expected, _ = train_step(state, batch, tx=tx)
+    jax.tree.map(np.testing.assert_array_equal, taken, expected)
+    assert np.isfinite(metrics["loss"])
+    loss = {"loss": lambda logits, targets: steps.cross_entropy(logits, targets) * none}
+    after, metrics = train_step(taken, batch, **skipping, **loss)
+    assert not np.isfinite(metrics["loss"])
+    jax.tree.map(np.testing.assert_array_equal, after, dataclasses.replace(taken, step=after.step))
+    assert int(after.step) == 2
+
+
 def test_eval_step_counts_what_the_mask_keeps(batch):
     kernel = np.zeros((12, 3), np.float32)
     kernel[:, 1] = 1.0

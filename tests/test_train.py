@@ -15,6 +15,7 @@ import pytest
 from halonet import checkpoint, files, metrics, runtime, train
 from halonet.config import ConfigError
 from halonet.data.errors import DataError
+from halonet.health import NonFinite
 from halonet.models import create_model
 from halonet.models.cost import cost
 from halonet.runtime import Interrupted
@@ -61,7 +62,7 @@ def crash_after_writing(step, monkeypatch):
 @pytest.mark.parametrize(
     ("interrupt", "error", "saved"),
     [
-        (lambda patch: send_signal_at(20, patch), Interrupted, 21),  # a step that has no row
+        (lambda patch: send_signal_at(20, patch), Interrupted, 22),  # a step that has no row
         pytest.param(  # between evaluations
             *(lambda patch: crash_after_saving(13, patch), CrashError, 13),
             marks=pytest.mark.middle,
@@ -120,7 +121,7 @@ def test_what_a_run_leaves_behind(undisturbed):
     assert all(0 <= row["perf/data_wait"] <= 1 for row in rows if "perf/data_wait" in row)
     # Of 13, 15, 26 and 30 the newest two, and the best of those evaluated before the last save.
     assert checkpoint.saved_steps(workdir) == [15, 26, 30]
-    assert summary["eval/top1"] == rows[-1]["eval/top1"]
+    assert summary["eval/top1"] == [row for row in rows if "eval/top1" in row][-1]["eval/top1"]
     assert summary["best/step"] == metrics.best_steps(rows, 1)[0]
 
 
@@ -197,8 +198,54 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
         return dataclasses.replace(state, params=params)
 
     monkeypatch.setattr(train.steps, "init_state", poisoned)
-    with pytest.raises(train.NonFinite, match=r"the (loss|grad_norm) of step 4 is nan"):
+    with pytest.raises(NonFinite, match=r"^the state of step 0 is not finite .* more arrays$"):
         train.train_and_evaluate(small_config(), tmp_path / "run")
+    # Nothing stays that the next attempt would have to go on from.
+    assert not (tmp_path / "run").exists()
+
+
+def with_a_loss_that_is_none(monkeypatch, steps):
+    """Makes the loss of these steps NaN."""
+    train_step = train.recipe.train_step
+
+    def poisoned(*args):
+        step = train_step(*args)
+
+        def run(state, batch):
+            none = jax.numpy.isin(state.step + 1, jax.numpy.array(steps))
+            factor = jax.numpy.where(none, jax.numpy.nan, 1.0)
+            return step(state, batch, loss=lambda *them: step.keywords["loss"](*them) * factor)
+
+        return run
+
+    monkeypatch.setattr(train.recipe, "train_step", poisoned)
+
+
+def test_the_step_whose_loss_is_none_is_named(tmp_path, monkeypatch):
+    with_a_loss_that_is_none(monkeypatch, [7])
+    config = small_config(**{"train.steps": 10, "checkpoint.every_steps": 5})
+    with pytest.raises(NonFinite, match=r"^the loss of step 7 is nan; the checkpoints in .* are "):
+        train.train_and_evaluate(config, tmp_path / "run")
+    assert checkpoint.saved_steps(tmp_path / "run") == [5]
+
+
+@pytest.mark.middle
+def test_steps_without_a_loss_are_passed_over_within_the_bound(tmp_path, monkeypatch, capsys):
+    with_a_loss_that_is_none(monkeypatch, [3, 7, 9])
+    settings = {"train.steps": 10, "checkpoint.every_steps": 5, "log.every_steps": 1}
+    workdir = tmp_path / "run"
+    # The count goes on over a restart.
+    with pytest.raises(NonFinite, match=r"^the loss of step 9 is nan \(3 of the run; .*=2\)"):
+        train.train_and_evaluate(small_config(**settings, **{"train.skip_nonfinite": 2}), workdir)
+    assert checkpoint.saved_steps(workdir) == [5]
+    summary = train.train_and_evaluate(
+        small_config(**settings, **{"train.skip_nonfinite": 3}), workdir
+    )
+    assert summary["skipped"] == 3
+    assert "; 3 steps were passed over" in capsys.readouterr().out
+    rows = [row for row in metrics.read_metrics(workdir) if "train/skipped" in row]
+    assert [row["train/skipped"] for row in rows] == [0, 0, 1, 1, 1, 1, 2, 2, 3, 3]
+    assert [row["step"] for row in rows if "train/loss" not in row] == [3, 7, 9]
 
 
 @contextlib.contextmanager

@@ -1,0 +1,109 @@
+"""What may go wrong inside a step: numbers that are none, and memory that is not enough."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from halonet import sharding, steps
+
+
+class NonFinite(FloatingPointError):
+    """The numbers of a run are none any more. The checkpoints are from before."""
+
+    exit_code = 5
+
+
+class OutOfMemory(MemoryError):
+    """A step that the devices or the host have no memory for. The message is one line."""
+
+    exit_code = 2
+
+
+class FiniteCheck:
+    """Looks at the loss and the gradient of each step, and at a state before it is saved.
+
+    All processes see the same numbers and so stop at the same step.
+
+    Args:
+      limit: steps of the run that may be passed over for their numbers; 0: the first ends it.
+      workdir: for the message.
+      mesh: of the states.
+      before: how many were passed over before this start.
+    """
+
+    def __init__(
+        self, *, limit: int, workdir: epath.PathLike, mesh: jax.sharding.Mesh, before: int = 0
+    ):
+        self._limit, self._workdir, self.skipped = limit, workdir, before
+        self._flags = jax.jit(steps.finite_leaves, out_shardings=sharding.replicated(mesh))
+
+    def step(self, number: int, values: Mapping[str, float]) -> bool:
+        """Whether the step of these metrics was taken.
+
+        Raises:
+          NonFinite: where it was not and none may be passed over, or too many were. Naming it.
+        """
+        wrong = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
+        if not wrong:
+            return True
+        self.skipped += 1
+        if self.skipped > self._limit:
+            many = f" ({self.skipped} of the run; config.train.skip_nonfinite={self._limit})"
+            raise NonFinite(
+                f"the {wrong[0]} of step {number} is {values[wrong[0]]}"
+                f"{many if self._limit else ''}; the checkpoints in {self._workdir} are from "
+                "before; a smaller optim.learning_rate or optim.clip_norm may help"
+            )
+        return False
+
+    def state(self, number: int, state: Any) -> None:
+        """Raises NonFinite, naming arrays, where a state is not to be saved or gone on from."""
+        flags = np.asarray(self._flags(state))
+        if not flags.all():
+            leaves = jax.tree_util.tree_leaves_with_path(state)
+            names = [
+                jax.tree_util.keystr(path, simple=True, separator="/")
+                for (path, _), fine in zip(leaves, flags, strict=True)
+                if not fine
+            ]
+            raise NonFinite(
+                f"the state of step {number} is not finite and is not saved: {', '.join(names[:3])}"
+                + (f" and {len(names) - 3} more arrays" if names[3:] else "")
+            )
+
+
+@contextlib.contextmanager
+def explained(settings: Mapping[str, Any], devices: int, params: Any) -> Iterator[None]:
+    """A context whose want of memory is told with what needs it and what would need less.
+
+    Args:
+      settings: keys of the configuration, with dots, to values.
+      devices: that share a batch.
+      params: the model's, or their abstract shapes.
+
+    Raises:
+      OutOfMemory: instead of JAX's error or Python's MemoryError.
+    """
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        count = sum(leaf.size for leaf in jax.tree.leaves(params))
+        names = ("data.image_size", "train.accumulate", "model.remat", "model.dtype", "mesh.fsdp")
+        batch = settings["data.batch_size"]
+        line = (str(error).splitlines() or ["MemoryError"])[0][:300]
+        raise OutOfMemory(
+            f"not enough memory for config.data.batch_size={batch}, {batch // devices} on each of "
+            f"{devices} devices, with {', '.join(f'{name}={settings[name]}' for name in names)} "
+            f"and {count:,} parameters; a smaller batch needs less, or train.accumulate=2 and up, "
+            "model.remat=block, model.dtype=bfloat16, more devices; mesh.fsdp splits the "
+            f"parameters ({line})"
+        ) from error
