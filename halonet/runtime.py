@@ -352,5 +352,6 @@ class StopSignal:
     def _note(self, number: int, _frame) -> None:
         self.name = signal.Signals(number).name
         print(f"\n{self.name}: finishing this step and saving; again to leave at once", flush=True)
-        for other, handler in self._previous.items():
-            signal.signal(other, handler)
+        for other in self._signals:
+            # Not Python's own for Ctrl-C: its exception would wait for the threads that save.
+            signal.signal(other, signal.SIG_DFL)
