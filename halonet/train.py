@@ -262,6 +262,9 @@ def train_and_evaluate(
         seconds = time.perf_counter() - started
         progress.say(f"compiled the step in {seconds:.0f} s")
         progress.pause(seconds)
+        # One may have found it in its cache; Gloo gives the others 30 s to come to the first step.
+        watchdog.at("waiting for the others to compile")
+        processes.meet("the compiled step", patience)
         if start and eval_due(start) and not processes.agreed(evaluated):
             evaluate(start)
         if stop.name:
