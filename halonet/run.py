@@ -108,7 +108,7 @@ def load_run(
         weights, listing them.
     """
     workdir = epath.Path(workdir)
-    if workdir.parent.name == checkpoint.FOLDER and workdir.name.isdigit():
+    if workdir.parent.name == checkpoint.FOLDER and workdir.name.isdecimal():
         workdir, step = workdir.parent.parent, int(workdir.name)
 
     def found() -> int:
@@ -260,7 +260,7 @@ def _check_fit(variables: dict[str, Any], model: HaloNet, size: int) -> None:
 def resolve_step(workdir: epath.PathLike, step: str | int) -> int:
     """The number that "best", "latest" or a number stands for, among the steps saved."""
     steps = checkpoint.saved_steps(workdir)
-    if isinstance(step, int) or step.isdigit():
+    if isinstance(step, int) or step.isdecimal():
         return int(step)
     if step not in ("best", "latest"):
         raise ValueError(f"step={step!r} is not 'best', 'latest' or a number")

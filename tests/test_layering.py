@@ -251,47 +251,6 @@ def test_config_dict_stops_above_the_machinery():
     assert not knows_the_config("'a ConfigDict in words'\nconfig = {}")
 
 
-def unsafe_loading(source):
-    """Lines that could run code out of a file of data."""
-    found = []
-    for name, _ in imports(source):
-        if name.split(".")[0] in ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve"):
-            found.append(f"import of {name}")
-    for node in ast.walk(ast.parse(source)):
-        if not isinstance(node, ast.Call):
-            continue
-        keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-        if keywords.get("allow_pickle", "False") != "False":
-            found.append(f"allow_pickle={keywords['allow_pickle']}")
-        if ast.unparse(node.func) == "torch.load" and keywords.get("weights_only") != "True":
-            found.append("torch.load without weights_only=True")
-    return found
-
-
-@pytest.mark.parametrize("path", [*SOURCES, *TESTS], ids=named)
-def test_nothing_unpickles(path):
-    assert unsafe_loading(path.read_text()) == []
-
-
-@pytest.mark.parametrize(
-    ("source", "wrong"),
-    [
-        ("import pickle", "import of pickle"),
-        ("def f():\n    from joblib import load", "import of joblib.load"),
-        ("np.load(path, allow_pickle=True)", "allow_pickle=True"),
-        ("torch.load(path)", "torch.load without weights_only=True"),
-        ("torch.load(path, weights_only=False)", "torch.load without weights_only=True"),
-    ],
-)
-def test_unpickling_is_found(source, wrong):
-    assert unsafe_loading(source) == [wrong]
-
-
-def test_safe_loading_is_let_through():
-    source = "np.load(path, allow_pickle=False)\ntorch.load(path, weights_only=True)\n"
-    assert unsafe_loading(source) == []
-
-
 @pytest.mark.parametrize("path", LIBRARY, ids=named)
 def test_no_file_is_long(path):
     assert len(path.read_text().splitlines()) <= 450

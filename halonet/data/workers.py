@@ -11,6 +11,9 @@ that the names of 14 million files are in memory once and not a hundred times. G
 mp_prefetch does none of this: each of its workers imports the main module, and JAX with it, and
 holds a copy of the source; a worker that ends with code 0 is waited for without end.
 
+What the workers are to do is sent to them pickled, once. What comes back is text and bytes: the
+trainer unpickles nothing.
+
 Signals to the whole group, as Ctrl-C and Slurm send them, do not reach the workers, for the trainer
 still wants batches until it has saved. They end when the trainer's end of their socket closes,
 however it went away.
@@ -141,7 +144,7 @@ class WorkerBatches:
         try:
             if not self._control.poll(_STOP_SECONDS):
                 raise EOFError
-            what = self._control.recv()
+            what = self._control.recv_bytes().decode()
         except (EOFError, OSError):
             what = "could not start, or were killed; what they printed may tell why"
         self.close()
@@ -189,7 +192,7 @@ def run(numbers: list[int]) -> None:
         except EOFError:
             return
         except Exception as error:
-            control.send(f"could not start: {_line(error)}")
+            control.send_bytes(f"could not start: {_line(error)}".encode())
             return
         links = [socket.socket(fileno=number) for number in numbers[1:]]
         running = {}
@@ -215,7 +218,8 @@ def run(numbers: list[int]) -> None:
             while not control.poll(_POLL_SECONDS):
                 pid, status = os.waitpid(-1, os.WNOHANG) if running else (0, 0)
                 if pid:
-                    control.send(_obituary(running.pop(pid), os.waitstatus_to_exitcode(status)))
+                    how = os.waitstatus_to_exitcode(status)
+                    control.send_bytes(_obituary(running.pop(pid), how).encode())
         except OSError:
             pass  # the trainer is gone
         for pid in running:
