@@ -12,10 +12,10 @@ from tests.small_run import SETTINGS
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
 
-def launch(*arguments, devices=1, **options):
+def launch(*arguments, devices=1, environment=None, **options):
     """Starts Python with `arguments` in the repository, on so many devices of a CPU.
 
-    `options` are those of subprocess.Popen.
+    `environment` is added to the least that is needed; `options` are those of subprocess.Popen.
     """
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, **options}
     return subprocess.Popen(
@@ -28,6 +28,7 @@ def launch(*arguments, devices=1, **options):
             "PYTHONUNBUFFERED": "1",
             "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "xla"),
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            **(environment or {}),
         },
         **options,
     )

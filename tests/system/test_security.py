@@ -1,10 +1,19 @@
 """What real processes give away, and to whom."""
 
+import json
 import os
+import urllib.parse
 
 import pytest
 
+from tests.small_run import SETTINGS
 from tests.system.launch import free_port, launch
+
+SECRETS = {
+    "WANDB_API_KEY": "9f2c41d07b5e8a63f1d4c2b09e7a58d36c1b4f20",
+    "AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMI/K7MDENG/bPxRfiCYzEXAMPLEKEY",
+    "HF_TOKEN": "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",
+}
 
 JOIN = """
 import sys, time
@@ -44,3 +53,36 @@ def test_a_local_coordinator_listens_on_this_machine_alone():
             process.kill()
             process.communicate()
     assert bound in (["0100007F"], ["0000000000000000FFFF00000100007F"])
+
+
+def holding(secret, data):
+    """Whether bytes hold a secret, as it is or in JSON's and URLs' ways of writing it."""
+    written = (secret, json.dumps(secret)[1:-1], urllib.parse.quote(secret, safe=""))
+    return any(it.encode() in data for it in written)
+
+
+@pytest.mark.middle
+@pytest.mark.timeout(600)
+def test_no_secret_of_the_environment_is_printed_or_saved(tmp_path):
+    workdir = tmp_path / "run"
+    settings = {**SETTINGS, "train.steps": 4, "data.workers": 1}
+    command = [
+        *("main.py", "--config=configs/mnist.py", f"--workdir={workdir}"),
+        *(f"--config.{key}={value}" for key, value in settings.items()),
+    ]
+    refused = [*command, "--config.seed=-1"]
+    for arguments, code in ((command, 0), ([*command, "--mode=evaluate"], 0), (refused, 2)):
+        process = launch(*arguments, environment=SECRETS)
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == code, output
+        assert not any(holding(it, output.encode()) for it in SECRETS.values())
+    files = [path for path in workdir.rglob("*") if path.is_file()]
+    found = {path.name: path.read_bytes() for path in files}
+    assert {"config.json", "summary.json", "evaluation.json", "000.jsonl"} <= found.keys()
+    for name, data in found.items():
+        assert not any(holding(it, data) for it in SECRETS.values()), name
+
+
+def test_a_secret_would_be_found():
+    assert all(holding(it, f'{{"a": "b{it}"}}'.encode()) for it in SECRETS.values())
+    assert not holding("secret", b"secre t")
