@@ -232,3 +232,27 @@ def test_a_saved_configuration_is_data(run, evil, value):
 def test_a_step_is_a_number_and_no_path(run, step):
     with pytest.raises(ValueError, match=r"is not 'best', 'latest' or a number|no checkpoint"):
         load_run(run, step=step)
+
+
+def locked(text):
+    """(name, pinned version, number of hashes) of each package of a lock file."""
+    entries = re.split(r"^(?=[A-Za-z0-9])", text, flags=re.MULTILINE)[1:]
+    return [
+        (*re.match(r"([\w.-]+)==(\S+)", entry).groups(), entry.count("--hash=sha256:"))
+        for entry in entries
+    ]
+
+
+def test_every_package_is_pinned_with_its_hashes():
+    packages = locked((ROOT / "requirements.lock").read_text())
+    assert [name for name, _, hashes in packages if not hashes] == []
+    names = {name for name, _, _ in packages}
+    assert {"jax", "flax", "orbax-checkpoint"} <= names
+    assert not {"lightning", "pytorch-lightning"} & names
+    # And pip and uv are told to ask for them.
+    assert (ROOT / "Makefile").read_text().count("--require-hashes") == 2
+
+
+def test_a_package_without_a_hash_would_be_noticed():
+    text = "# made by\na==1 \\\n    --hash=sha256:12\nb-c==2.0 ; python_version < '4'\n"
+    assert locked(text) == [("a", "1", 1), ("b-c", "2.0", 0)]
