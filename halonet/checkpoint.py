@@ -143,8 +143,9 @@ class Checkpointer:
             ) from error
 
     def close(self) -> None:
-        """Waits, then ends the manager's threads."""
-        self._manager.close()
+        """Waits, then ends the manager's threads; CheckpointError where a save still fails then."""
+        with self._explained():
+            self._manager.close()
 
 
 def save_variables(

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 
@@ -167,6 +168,21 @@ def test_a_summary_cut_short_is_written_again(undisturbed, tmp_path, monkeypatch
 def test_another_configuration_is_refused(undisturbed):
     with pytest.raises(ConfigError, match="optim.learning_rate: 0.003 there, 0.5 now"):
         train.train_and_evaluate(small_config(**{"optim.learning_rate": 0.5}), undisturbed[0])
+
+
+def test_another_model_is_refused_with_each_key_and_each_array(undisturbed):
+    other = {"seed": 1, "optim.name": "sgd", "train.ema_decay": 0.0, "model.plan": "c/c"}
+    with pytest.raises(ConfigError) as info:
+        train.train_and_evaluate(small_config(**other), undisturbed[0])
+    line, *arrays = str(info.value).splitlines()
+    for key in other:
+        assert re.search(rf"[(; ]{key}: \S+ there, \S+ now", line), key
+    assert all(re.fullmatch(r"  [\w/]+: .+ there, .+ wanted", array) for array in arrays)
+    named = {array.split(":")[0].strip() for array in arrays}
+    saved = {re.sub(r"\W+", "/", path).strip("/") for path in saved_arrays(undisturbed[0], 30)}
+    assert {name for name in saved if name.startswith("ema/")} <= named
+    assert "params/head/kernel" not in named
+    assert [array for array in arrays if "params/stage" in array]
 
 
 @pytest.mark.middle
