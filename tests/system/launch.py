@@ -104,7 +104,7 @@ class Start:
         """What a process has printed until now."""
         return self._logs[index].read_text()
 
-    def until(self, happened, what, seconds=120):
+    def until(self, happened, what, seconds=400):
         """Waits for happened(), and returns what it returned."""
         deadline = time.monotonic() + seconds
         while not (found := happened()):
@@ -113,7 +113,7 @@ class Start:
             time.sleep(0.01)
         return found
 
-    def until_said(self, text, index=0, seconds=120):
+    def until_said(self, text, index=0, seconds=400):
         """Waits until a process has printed `text`."""
         return self.until(lambda: text in self.output(index), repr(text), seconds)
 
@@ -125,7 +125,7 @@ class Start:
         """How many of the processes have not ended."""
         return sum(process.poll() is None for process in self.processes)
 
-    def wait(self, seconds=120):
+    def wait(self, seconds=400):
         """Their exit codes, once all have ended."""
         deadline = time.monotonic() + seconds
         return [process.wait(max(0.1, deadline - time.monotonic())) for process in self.processes]
