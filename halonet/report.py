@@ -19,7 +19,7 @@ STARTUP = ("perf/compile_seconds", "perf/startup_seconds")
 # What a run's time goes on, by what the watchdog hears of.
 SPENT = {
     "startup": ("starting",),
-    "compile": ("compiling the step",),
+    "compile": ("compiling the step", "waiting for the others to compile"),
     "data_wait": ("waiting for data",),
     "step": ("waiting for the devices",),
     "checkpoint": ("saving a checkpoint",),

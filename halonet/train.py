@@ -88,9 +88,8 @@ def train_and_evaluate(
         "data": {"train": train_source.fingerprint, "eval": eval_source.fingerprint},
         "classes": list(train_source.classes),
     }
-    settings = {f"config.{key}": value for key, value in config_lib.flatten(config).items()}
-    for key in OF_A_PROCESS:
-        del settings[f"config.{key}"]
+    flat = config_lib.flatten(config)
+    settings = {f"config.{key}": flat[key] for key in flat if key not in OF_A_PROCESS}
     code = {"code": runtime.code_version(), **runtime.versions()}
     processes.check_alike({"--workdir": str(workdir), **settings, **meta, **code}, patience)
 
@@ -116,7 +115,6 @@ def train_and_evaluate(
         return summary
     with contextlib.ExitStack() as closing:
         watchdog = closing.enter_context(runtime.Watchdog(config.train.hang_seconds))
-        flat = config_lib.flatten(config)
         closing.enter_context(health.explained(flat, mesh.size, abstract_state.params))
         stop = closing.enter_context(runtime.StopSignal(enabled=jax.process_count() == 1))
         lock = runtime.WorkdirLock(workdir, force=force, enabled=primary)
@@ -219,11 +217,15 @@ def train_and_evaluate(
             progress.show(step, row)
 
         def record_time(step: int) -> None:
+            """Where the time of this start went, in a row of its own."""
             seconds = watchdog.seconds()
-            row = {
-                name: sum(seconds[phase] for phase in report.SPENT[name]) for name in report.SPENT
-            }
-            log.write(step, {metrics_lib.SPENT + name: row[name] for name in row})
+            log.write(
+                step,
+                {
+                    metrics_lib.SPENT + name: sum(seconds[phase] for phase in phases)
+                    for name, phases in report.SPENT.items()
+                },
+            )
 
         def evaluate(step: int) -> None:
             """Scores the averaged weights, where they are kept, and writes the row."""

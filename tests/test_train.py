@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from halonet import checkpoint, files, metrics, runtime, train
+from halonet import checkpoint, files, metrics, report, runtime, train
 from halonet.config import ConfigError
 from halonet.data.errors import DataError
 from halonet.health import NonFinite
@@ -90,8 +90,12 @@ def test_interrupted_equals_undisturbed(
     assert checkpoint.saved_steps(workdir)[-1] == saved
     assert not (workdir / "summary.json").exists()
 
-    train.train_and_evaluate(small_config(), workdir)
+    summary = train.train_and_evaluate(small_config(), workdir)
     assert history(workdir) == history(undisturbed[0])
+    assert summary["goodput/starts"] == 2
+    shares = [summary[f"goodput/{name}"] for name in (*report.SPENT, "lost")]
+    assert min(shares) >= 0
+    assert sum(shares) == pytest.approx(1)
     arrays, expected = saved_arrays(workdir, 30), saved_arrays(undisturbed[0], 30)
     assert arrays.keys() == expected.keys()
     assert [path for path in expected if arrays[path] != expected[path]] == []
