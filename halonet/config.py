@@ -97,6 +97,13 @@ def _walk(tree: dict[str, Any], prefix: str):
             yield prefix + key, value
 
 
+# What reading flags raises, a config file among them.
+_UNREADABLE = (
+    *(flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError),
+    *(ImportError, NameError, SyntaxError),
+)
+
+
 def parse_flags(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
     """absl's flag parser, with one clear line and exit code 2 for what it refuses.
 
@@ -109,7 +116,7 @@ def parse_flags(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> 
             raise flags.Error(f"'{rest[1]}' is not a flag; did you mean '--{rest[1]}'?")
         values.config.to_dict()  # a file that cannot be read is known only when it is used
         return rest
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+    except _UNREADABLE as error:
         print(f"error: {_explain(argv, error, values)}", file=sys.stderr)
         sys.exit(2)
 
@@ -128,6 +135,8 @@ def _explain(argv: Sequence[str], error: Exception, values: flags.FlagValues) ->
     except Exception as in_file:  # the file is a program: anything can be wrong in it
         # Where it is a type or a value, ml_collections puts the whole traceback into the message.
         return f"{path}: {_one_line(in_file.__context__ or in_file)}"
+    if not isinstance(config, ConfigDict):
+        return f"{path}: its get_config() returns no ConfigDict but a {type(config).__name__}"
     known = list(flatten(config))
     for argument, following in itertools.pairwise([*argv[1:], ""]):
         name, equals, value = argument.lstrip("-").partition("=")

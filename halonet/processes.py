@@ -61,7 +61,8 @@ def join_processes(*, coordinator: str = "", process_id: int = -1, process_count
       PlatformError: where JAX has none of the devices that it was asked for.
     """
     if coordinator or process_id >= 0 or process_count:
-        if not (coordinator and 0 <= process_id < process_count):
+        address = re.fullmatch(r".+:\d+", coordinator)
+        if not (address and 0 <= process_id < process_count):
             raise DistributedError(
                 f"distributed.coordinator={coordinator!r}, distributed.process_id={process_id} and "
                 f"distributed.process_count={process_count} go together: host:port, and an id from "

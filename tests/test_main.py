@@ -64,6 +64,28 @@ def test_a_mistyped_key_in_a_config_file(refused, tmp_path):
     assert "lerning_rate" in line
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def get_config(", "'(' was never closed (mine.py, line 1)"),
+        ("import nothing_of_this_name", "No module named 'nothing_of_this_name'"),
+        ("nothing_of_this_name", "name 'nothing_of_this_name' is not defined"),
+        (
+            "def get_config():\n    return {'seed': 1}",
+            "its get_config() returns no ConfigDict but a dict",
+        ),
+    ],
+    ids=["syntax", "import", "name", "no ConfigDict"],
+)
+def test_a_config_file_that_is_none(refused, tmp_path, text, message):
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    code, line = refused(f"--config={path}", f"--workdir={tmp_path / 'run'}")
+    assert code == 2
+    assert line.startswith(f"{path}: ")
+    assert line.endswith(message)
+
+
 UNREADABLE = [
     (
         [MNIST, "--workdir=w", "--config.learning_rate=1"],

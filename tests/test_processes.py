@@ -84,6 +84,9 @@ def test_devices_that_are_not_there_are_one_line(no_launcher, monkeypatch, error
         {"process_count": 2},
         {"process_id": 0, "process_count": 2},
         {"coordinator": "host:1", "process_id": 2, "process_count": 2},
+        {"coordinator": "host", "process_id": 0, "process_count": 2},
+        {"coordinator": "host:", "process_id": 0, "process_count": 2},
+        {"coordinator": ":1", "process_id": 0, "process_count": 2},
     ],
 )
 def test_partial_settings(joined, settings):
