@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import re
 import signal
 import time
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from halonet import checkpoint
-from halonet.runtime import PREEMPTED
+from halonet.runtime import HUNG, PREEMPTED
 from tests.small_run import rows, saved_arrays
 from tests.system.launch import Start, launch
 from tests.test_checkpoint import on_one_device
@@ -171,3 +172,48 @@ def test_a_kill_inside_a_save_leaves_only_whole_checkpoints(tmp_path):
             restored = checkpoint.restore_arrays(folder, on_one_device(state))
             np.testing.assert_array_equal(restored["array"], state["array"])
     assert unfinished, "no kill was inside a save: too late to show anything"
+
+
+@pytest.mark.middle
+@pytest.mark.timeout(900)
+def test_one_of_two_dies_or_hangs_and_both_end(tmp_path):
+    workdir = tmp_path / "run"
+    settings = {**SETTINGS, "train.steps": 200, "eval.every_steps": 200}
+    with Start(workdir, **settings) as start:
+        start.until(lambda: len(checkpoint.saved_steps(workdir)) > 1, "two checkpoints")
+        start.processes[1].kill()
+        began = time.monotonic()
+        codes = start.wait(60)
+        print(f"process 0 ended with {codes[0]} after {time.monotonic() - began:.1f} s")
+        assert codes[0] not in (0, PREEMPTED), start.said()
+    saved = checkpoint.saved_steps(workdir)[-1]
+
+    # Alive, with a heartbeat, and stuck: in process 1 some batch never comes.
+    stuck = """
+batches = pipeline.train_batches
+def some(*args, process_index, **kwargs):
+    for number, batch in enumerate(batches(*args, process_index=process_index, **kwargs)):
+        if number == 6:
+            time.sleep(600 if process_index else 5)  # process 0 is to be the later one
+        yield batch
+pipeline.train_batches = some
+"""
+    program = ("-c", SLOWED.format(patches=stuck))
+    with Start(workdir, program=program, **{**settings, "train.hang_seconds": 20}) as start:
+        start.until_said(f"going on from the checkpoint of step {saved}")
+        start.until_said("compiled the step")
+        codes = start.wait(60)
+        print(f"a hang: {codes}")
+        assert codes[1] == HUNG, start.said()
+        assert codes[0] not in (0, PREEMPTED), start.said()
+        said = start.output(1)
+        assert "error: no progress for 20 s while waiting for data; where each thread" in said
+        assert re.search(r"in some$", said, re.MULTILINE)
+    assert checkpoint.saved_steps(workdir)[-1] > saved
+
+    # One process, on one device, goes on where two on four stood.
+    saved = checkpoint.saved_steps(workdir)[-1]
+    with starts(workdir, **settings) as start:
+        start.until_said(f"going on from the checkpoint of step {saved}")
+        start.until_said("compiled the step")
+        start.until(lambda: checkpoint.saved_steps(workdir)[-1] > saved, "a checkpoint of its own")
