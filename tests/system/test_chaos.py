@@ -1,5 +1,6 @@
 """A run that is interrupted at random, again and again, ends where an undisturbed one ends."""
 
+import json
 import os
 import random
 import signal
@@ -38,11 +39,11 @@ def good_steps(workdir):
 
 
 def flip_a_bit(rng, workdir):
-    """In any file of the newest checkpoint; returns where."""
-    step = checkpoint.saved_steps(workdir)[-1]
-    folder = workdir / checkpoint.FOLDER / str(step)
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    path = rng.choice([path for path in files if path.stat().st_size])
+    """In a file of the newest good checkpoint, among those that matter; returns where."""
+    folder = workdir / checkpoint.FOLDER / str(good_steps(workdir)[-1])
+    recorded = json.loads((folder / checkpoint.MANIFEST).read_text())["sha256"]
+    files = [folder / name for name in [*sorted(recorded), checkpoint.MANIFEST]]
+    path = rng.choice([file for file in files if file.stat().st_size])
     data = bytearray(path.read_bytes())
     bit = rng.randrange(8 * len(data))
     data[bit // 8] ^= 1 << bit % 8
