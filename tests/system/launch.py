@@ -110,7 +110,7 @@ class Start:
         while not (found := happened()):
             assert self.running() == len(self.processes), f"ended before {what}: {self.said()}"
             assert time.monotonic() < deadline, f"no {what} after {seconds} s: {self.said()}"
-            time.sleep(0.01)
+            time.sleep(0.03)  # looking takes a core from what is looked at
         return found
 
     def until_said(self, text, index=0, seconds=400):
