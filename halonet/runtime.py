@@ -9,6 +9,7 @@ import contextlib
 import datetime
 import faulthandler
 import importlib.metadata
+import itertools
 import json
 import os
 import pathlib
@@ -48,6 +49,7 @@ PEAK_FLOPS = {
 PREEMPTED = 75  # exit code: saved, start me again (EX_TEMPFAIL)
 HUNG = 6  # exit code: no step for too long
 _IMPORTED = time.perf_counter()
+_claims = itertools.count()
 
 
 class Interrupted(Exception):
@@ -105,6 +107,11 @@ def process_seconds() -> float:
     if not ticks:
         return time.perf_counter() - _IMPORTED
     return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+
+
+def unclaimed_seconds() -> float:
+    """Those of this process before the first call; later 0, as they are another run's."""
+    return 0.0 if next(_claims) else process_seconds()
 
 
 def _start_ticks(pid: int | str) -> int:
@@ -276,13 +283,16 @@ class Watchdog:
 
     Args:
       seconds: without a call of `at` that are too long; 0: never.
+      before: seconds that went on starting before the context.
       leave: ends the process. By default at once: what hangs would hang its clean-up too.
     """
 
-    def __init__(self, seconds: float, *, leave: Callable[[int], None] = os._exit):
+    def __init__(
+        self, seconds: float, *, before: float = 0.0, leave: Callable[[int], None] = os._exit
+    ):
         self._seconds, self._leave = seconds, leave
         self._now = ("starting", time.monotonic())
-        self._spent: dict[str, float] = collections.defaultdict(float)
+        self._spent = collections.defaultdict(float, starting=before)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -304,12 +314,9 @@ class Watchdog:
         self._now = (what, now)
 
     def seconds(self) -> dict[str, float]:
-        """What went on each thing so far, else 0; on "starting", all before the context too."""
+        """How many went on each thing so far; 0 on any other."""
         self.at(self._now[0])
-        before = process_seconds() - sum(self._spent.values())
-        found = collections.defaultdict(float, self._spent)
-        found["starting"] += before
-        return found
+        return self._spent
 
     def over(self, what: str, items: Iterable) -> Iterator:
         """The items, each of which is progress."""

@@ -72,7 +72,7 @@ def train_and_evaluate(
       NonFinite: where loss, gradient or state is no longer finite.
       OutOfMemory: where devices or host have too little.
     """
-    began = time.time() - runtime.process_seconds()
+    began = time.time() - runtime.unclaimed_seconds()
     workdir = epath.Path(workdir)
     primary = jax.process_index() == 0
     # A little before the watchdog, which names nobody.
@@ -114,7 +114,8 @@ def train_and_evaluate(
         report.say_result(summary, workdir, "has ended already")
         return summary
     with contextlib.ExitStack() as closing:
-        watchdog = closing.enter_context(runtime.Watchdog(config.train.hang_seconds))
+        watchdog = runtime.Watchdog(config.train.hang_seconds, before=time.time() - began)
+        closing.enter_context(watchdog)
         closing.enter_context(health.explained(flat, mesh.size, abstract_state.params))
         stop = closing.enter_context(runtime.StopSignal(enabled=jax.process_count() == 1))
         lock = runtime.WorkdirLock(workdir, force=force, enabled=primary)

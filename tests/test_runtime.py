@@ -1,6 +1,7 @@
 """The process: the cache of compiled programs, signals, the lock of a workdir, the watchdog."""
 
 import contextlib
+import itertools
 import json
 import os
 import platform
@@ -291,3 +292,22 @@ def test_progress_keeps_the_watchdog_quiet():
     with runtime.Watchdog(0.0, leave=left.append):
         time.sleep(0.1)
     assert left == []
+
+
+def test_the_watchdog_knows_what_the_time_went_on():
+    with runtime.Watchdog(0.0, before=5.0) as watchdog:
+        time.sleep(0.02)
+        watchdog.at("waiting for data")
+        time.sleep(0.05)
+        watchdog.at("working")
+        watchdog.at("waiting for data")
+        seconds = watchdog.seconds()
+    assert 5.02 <= seconds["starting"] < 6
+    assert 0.05 <= seconds["waiting for data"] < 1
+    assert seconds["never"] == 0
+
+
+def test_only_the_first_run_of_a_process_has_its_start(monkeypatch):
+    monkeypatch.setattr(runtime, "_claims", itertools.count())
+    assert runtime.unclaimed_seconds() == pytest.approx(runtime.process_seconds(), abs=1)
+    assert runtime.unclaimed_seconds() == 0
