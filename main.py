@@ -5,6 +5,7 @@ python main.py --config=configs/mnist.py --workdir=runs/mnist --mode=evaluate
 """
 
 import sys
+import time
 import traceback
 
 if sys.hexversion < 0x030B0000:  # or a package would seem to be missing
@@ -37,21 +38,18 @@ def main(argv: list[str]) -> None:
     del argv
     if not FLAGS["verbosity"].present:  # app.run turns the libraries' own progress on
         logging.set_verbosity(logging.WARNING)
+    began = time.time() - runtime.process_seconds()
     try:
         if FLAGS.force and FLAGS.mode != "train":
             raise ConfigError(f"--force is of --mode=train; leave it out with --mode={FLAGS.mode}")
         runtime.enable_compilation_cache()
-        print(
-            processes.join_processes(
-                coordinator=FLAGS["distributed.coordinator"].value,
-                process_id=FLAGS["distributed.process_id"].value,
-                process_count=FLAGS["distributed.process_count"].value,
-            )
-        )
+        settings = ("coordinator", "process_id", "process_count")
+        settings = {name: FLAGS[f"distributed.{name}"].value for name in settings}
+        print(processes.join_processes(**settings))
         if FLAGS.mode == "train":
             from halonet.train import train_and_evaluate
 
-            train_and_evaluate(FLAGS.config, FLAGS.workdir, force=FLAGS.force)
+            train_and_evaluate(FLAGS.config, FLAGS.workdir, force=FLAGS.force, began=began)
         else:
             from halonet.evaluate import evaluate_checkpoint
 
@@ -64,6 +62,8 @@ def main(argv: list[str]) -> None:
                 chosen=config_flags.get_override_values(FLAGS["config"]),
                 suites=FLAGS["evaluate.suites"].value,
             )
+    except KeyboardInterrupt:
+        processes.leave(130)
     except Exception as error:
         code = getattr(error, "exit_code", None)
         if code is None:

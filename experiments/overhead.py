@@ -4,8 +4,8 @@
 
 Trains on the digits and sums the time in the hooks themselves: the lock of the workdir, the
 watchdog, the checks of numbers, the manifests with their SHA-256, the comparison with them at the
-start, the questions whether a save has failed or a signal came. Waiting for the devices' results
-and the saving itself are no part of it: every run needs them. The check of a state before it is
+start, the question whether a save has failed. Waiting for the devices' results, the saving itself
+and the rows of metrics are no part of it: every run needs them. The check of a state before it is
 saved is counted whole, its wait for the devices included.
 
 A share is of the run's time from its first step on.

@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -69,6 +70,8 @@ class Checkpointer:
             [preservation_policy.LatestN(keep_latest), _KeepSteps(best_steps)]
         )
         self._folder, self._saving = _absolute(workdir) / FOLDER, 0
+        # What fails in a save is raised; each of Orbax's tasks would print it once more.
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policy,
             # In the background, before the step gets its name: no checkpoint is without one.
@@ -133,11 +136,14 @@ class Checkpointer:
     def _explained(self) -> Iterator[None]:
         try:
             yield
+        except (TypeError, KeyError, AttributeError, AssertionError):
+            raise  # a fault of the program
         # What a full disk, a quota or a bucket raises is of many kinds.
         except Exception as error:
             earlier = ", ".join(map(str, saved_steps(self._folder.parent))) or "none"
             raise CheckpointError(
-                f"step {self._saving} could not be saved into {self._folder}: {_line(error)}; "
+                f"step {self._saving} could not be saved into {self._folder}: "
+                f"{type(error).__name__}: {_line(error)}; "
                 f"{room(self._folder)}; whole checkpoints there, which the same command goes on "
                 f"from: {earlier}"
             ) from error

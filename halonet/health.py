@@ -44,15 +44,15 @@ class FiniteCheck:
         self._limit, self._workdir, self.skipped = limit, workdir, before
         self._flags = jax.jit(steps.finite_leaves, out_shardings=sharding.replicated(mesh))
 
-    def step(self, number: int, values: Mapping[str, float]) -> bool:
-        """Whether the step of these metrics was taken.
+    def step(self, number: int, values: Mapping[str, float]) -> None:
+        """Counts a step with these metrics, if it was passed over.
 
         Raises:
-          NonFinite: where it was not and none may be passed over, or too many were. Naming it.
+          NonFinite: where none may be, or too many were. Naming the step.
         """
         wrong = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
         if not wrong:
-            return True
+            return
         self.skipped += 1
         if self.skipped > self._limit:
             many = f" ({self.skipped} of the run; config.train.skip_nonfinite={self._limit})"
@@ -61,7 +61,6 @@ class FiniteCheck:
                 f"{many if self._limit else ''}; the checkpoints in {self._workdir} are from "
                 "before; a smaller optim.learning_rate or optim.clip_norm may help"
             )
-        return False
 
     def state(self, number: int, state: Any) -> None:
         """Raises NonFinite, naming arrays, where a state is not to be saved or gone on from."""
@@ -74,7 +73,8 @@ class FiniteCheck:
                 if not fine
             ]
             raise NonFinite(
-                f"the state of step {number} is not finite and is not saved: {', '.join(names[:3])}"
+                f"the state of step {number} is not finite and is saved no further: "
+                f"{', '.join(names[:3])}"
                 + (f" and {len(names) - 3} more arrays" if names[3:] else "")
             )
 

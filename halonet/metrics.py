@@ -13,6 +13,7 @@ import concurrent.futures
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -24,7 +25,7 @@ from halonet.files import write_whole
 Row = dict[str, Any]
 PARTS = "metrics"
 EVENTS = "tensorboard"
-SPENT = "perf/seconds_"  # and what on: seconds of a start
+SPENT = "perf/seconds_"  # the names of what a start's time went on begin so
 
 
 class MetricsLog:
@@ -118,6 +119,10 @@ def _open_writer(folder: epath.Path):
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     from clu import metric_writers
 
+    # It would take the memory of GPUs for itself.
+    if "tensorflow" in sys.modules:
+        sys.modules["tensorflow"].config.set_visible_devices([], "GPU")
+
     return metric_writers.SummaryWriter(str(folder))
 
 
@@ -149,7 +154,11 @@ def goodput(workdir: epath.PathLike, ended: float) -> dict[str, float]:
     """
     # Of a run that an older version began, what came later.
     parts = [part for part in _parts(epath.Path(workdir)) if part[0]["perf/started"] > 1]
-    ends = [part[0]["step"] for part in parts[1:]] + [math.inf]
+    # Of a start counts what no later one took again.
+    ends = [
+        min([later[0]["step"] for later in parts[i + 1 :]], default=math.inf)
+        for i in range(len(parts))
+    ]
     spent: dict[str, float] = collections.defaultdict(float)
     for part, end in zip(parts, ends, strict=True):
         timed = [row for row in part if SPENT + "step" in row and row["step"] <= end]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import reprlib
 import sys
 import time
 from collections.abc import Callable
@@ -168,8 +170,8 @@ def check_alike(what: dict[str, Any], seconds: float = _JOIN_SECONDS) -> None:
     found = {int(k.rpartition("/")[2]): json.loads(v) for k, v in client.key_value_dir_get(folder)}
     for index in sorted(found):
         differing = [
-            f"{name} is {found[0].get(name)!r} in process 0 and {found[index].get(name)!r} in "
-            f"process {index}"
+            f"{name} is {reprlib.repr(found[0].get(name))} in process 0 and "
+            f"{reprlib.repr(found[index].get(name))} in process {index}"
             for name in sorted(found[0].keys() | found[index].keys())
             if found[0].get(name) != found[index].get(name)
         ]
@@ -202,12 +204,15 @@ def leave(code: int) -> NoReturn:
     JAX's own leaving waits minutes for the others, who wait for this one in a step that it will
     never join; when it is gone, theirs ends them.
     """
-    # Alone, JAX is not asked: it may be what failed.
-    several = jax.distributed.is_initialized() and jax.process_count() > 1
+    several, first = jax.distributed.is_initialized(), False
+    if several:
+        # Where JAX itself is what failed, it fails again.
+        with contextlib.suppress(RuntimeError, AssertionError):
+            several, first = jax.process_count() > 1, jax.process_index() == 0
     if several and code not in (0, PREEMPTED):
         sys.stdout.flush()
         sys.stderr.flush()
-        if jax.process_index() == 0:
+        if first:
             time.sleep(2)  # the others end with it: those that leave too shall do so by themselves
         os._exit(code)
     sys.exit(code)

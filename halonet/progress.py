@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import sys
 import time
@@ -71,7 +72,7 @@ class Progress:
         self._last_print = now
         left = (self._total - step) * self._images / self._rate if self._rate else float("nan")
         line = (
-            f"step {step}/{self._total}  loss {values['train/loss']:.3f}  "
+            f"step {step}/{self._total}  loss {values.get('train/loss', math.nan):.3f}  "
             f"{self._rate:,.0f} images/s  {_duration(left)} left  "
             f"waiting for data {values['perf/data_wait']:.0%}"
         )

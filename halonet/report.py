@@ -23,7 +23,7 @@ SPENT = {
     "data_wait": ("waiting for data",),
     "step": ("waiting for the devices",),
     "checkpoint": ("saving a checkpoint",),
-    "evaluation": ("evaluating", "drawing predictions"),
+    "evaluation": ("evaluating", "waiting for data, evaluating", "drawing predictions"),
 }
 
 
@@ -105,7 +105,7 @@ def say_result(summary: dict[str, Any], workdir: epath.Path, what: str) -> None:
         + "".join(f"; {summary[name]} {note}" for name, note in notes.items() if summary.get(name))
     )
     if "goodput/seconds" in summary:  # not in those of older versions
-        names = [name for name in (*SPENT, "lost") if summary[f"goodput/{name}"] >= 0.005]
+        names = [name for name in (*SPENT, "lost") if summary.get(f"goodput/{name}", 0) >= 0.005]
         shares = ", ".join(f"{name} {summary[f'goodput/{name}']:.0%}" for name in names)
         starts = summary["goodput/starts"]
         print(

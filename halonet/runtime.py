@@ -9,7 +9,6 @@ import contextlib
 import datetime
 import faulthandler
 import importlib.metadata
-import itertools
 import json
 import os
 import pathlib
@@ -49,7 +48,6 @@ PEAK_FLOPS = {
 PREEMPTED = 75  # exit code: saved, start me again (EX_TEMPFAIL)
 HUNG = 6  # exit code: no step for too long
 _IMPORTED = time.perf_counter()
-_claims = itertools.count()
 
 
 class Interrupted(Exception):
@@ -107,11 +105,6 @@ def process_seconds() -> float:
     if not ticks:
         return time.perf_counter() - _IMPORTED
     return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-
-
-def unclaimed_seconds() -> float:
-    """Those of this process before the first call; later 0, as they are another run's."""
-    return 0.0 if next(_claims) else process_seconds()
 
 
 def _start_ticks(pid: int | str) -> int:
@@ -319,10 +312,11 @@ class Watchdog:
         return self._spent
 
     def over(self, what: str, items: Iterable) -> Iterator:
-        """The items, each of which is progress."""
+        """The items, each of which is progress, and so is having waited for it."""
         for item in items:
             self.at(what)
             yield item
+            self.at(f"waiting for data, {what}")
 
     def _watch(self) -> None:
         while not self._stop.wait(min(1.0, self._seconds / 4)):
@@ -340,17 +334,32 @@ class Watchdog:
 class StopSignal:
     """A context in which the first SIGTERM or Ctrl-C is noted, and a second ends the process.
 
-    For one process only: several must agree on the step, which a handler of one cannot bring about.
+    Several processes must agree on the step, which a handler of one cannot bring about: there
+    SIGTERM is left to JAX, who tells all, and Ctrl-C is made one.
+
+    Args:
+      alone: whether this is the only process.
     """
 
-    def __init__(self, enabled: bool):
+    def __init__(self, alone: bool):
         self.name = ""
-        self._signals = (signal.SIGTERM, signal.SIGINT) if enabled else ()
+        self._handlers = {signal.SIGINT: self._pass_on}
+        if alone:
+            self._handlers = dict.fromkeys((signal.SIGTERM, signal.SIGINT), self._note)
         self._previous = {}
 
     def __enter__(self) -> StopSignal:
-        self._previous = {number: signal.signal(number, self._note) for number in self._signals}
+        self._previous = {it: signal.signal(it, handler) for it, handler in self._handlers.items()}
         return self
+
+    def next_ends(self) -> None:
+        """From here on either signal ends the process at once."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            # Not Python's own for Ctrl-C: its exception would wait for the threads that save.
+            signal.signal(number, signal.SIG_DFL)
+
+    def _pass_on(self, number: int, _frame) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def __exit__(self, *exc_info) -> None:
         for number, handler in self._previous.items():
@@ -359,6 +368,4 @@ class StopSignal:
     def _note(self, number: int, _frame) -> None:
         self.name = signal.Signals(number).name
         print(f"\n{self.name}: finishing this step and saving; again to leave at once", flush=True)
-        for other in self._signals:
-            # Not Python's own for Ctrl-C: its exception would wait for the threads that save.
-            signal.signal(other, signal.SIG_DFL)
+        self.next_ends()

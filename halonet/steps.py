@@ -241,7 +241,7 @@ def train_step(
         of the whole batch in the memory of a part. Batch statistics are the same where groups of
         `BatchNorm` lie within a part.
       shares: devices that share the batch; a part has as much of each.
-      skip_nonfinite: where the loss or the gradient is no number, only `state.step` moves on.
+      skip_nonfinite: where loss, gradient or update is no number, nothing but counts moves on.
 
     Returns:
       The next state, and sums over the batch: "loss", "top1" and "count", beside the scalars
@@ -316,9 +316,17 @@ def train_step(
         )
     new = TrainState(state.step + 1, params, batch_stats, opt_state, ema)
     if skip_nonfinite:
+        # An update that is none is told by the gradient's norm too.
+        fine = jnp.isfinite(optax.tree.norm(updates))
+        metrics["grad_norm"] = jnp.where(fine, metrics["grad_norm"], jnp.nan)
         taken = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
-        kept = dataclasses.replace(state, step=new.step)
-        new = jax.tree.map(lambda moved, before: jnp.where(taken, moved, before), new, kept)
+
+        def chosen(moved: Array, before: Array) -> Array:
+            # Counts of steps go on, those of the optimizer's schedule among them.
+            floating = jnp.issubdtype(moved.dtype, jnp.floating)
+            return jnp.where(taken, moved, before) if floating else moved
+
+        new = jax.tree.map(chosen, new, state)
     return new, metrics
 
 

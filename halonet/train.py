@@ -54,7 +54,7 @@ OF_A_PROCESS = ("data.data_dir", "data.threads", "data.workers")
 
 
 def train_and_evaluate(
-    config: ConfigDict, workdir: epath.PathLike, *, force: bool = False
+    config: ConfigDict, workdir: epath.PathLike, *, force: bool = False, began: float = 0.0
 ) -> dict[str, Any]:
     """Trains, or goes on with, the run in `workdir`, and returns its summary.
 
@@ -62,6 +62,7 @@ def train_and_evaluate(
       config: as configs/default.py declares it.
       workdir: the run's folder; may be gs://.
       force: takes the workdir from another run that holds it.
+      began: when this start did, in seconds since 1970; 0: now.
 
     Raises:
       ConfigError, DataError: before anything compiles, in one line.
@@ -72,7 +73,7 @@ def train_and_evaluate(
       NonFinite: where loss, gradient or state is no longer finite.
       OutOfMemory: where devices or host have too little.
     """
-    began = time.time() - runtime.unclaimed_seconds()
+    began = began or time.time()
     workdir = epath.Path(workdir)
     primary = jax.process_index() == 0
     # A little before the watchdog, which names nobody.
@@ -90,7 +91,9 @@ def train_and_evaluate(
     }
     flat = config_lib.flatten(config)
     settings = {f"config.{key}": flat[key] for key in flat if key not in OF_A_PROCESS}
-    code = {"code": runtime.code_version(), **runtime.versions()}
+    code = runtime.versions()
+    if version := runtime.code_version():
+        code["code"] = version
     processes.check_alike({"--workdir": str(workdir), **settings, **meta, **code}, patience)
 
     # The state, abstract first: its arrays and shardings are known before any exists.
@@ -117,7 +120,7 @@ def train_and_evaluate(
         watchdog = runtime.Watchdog(config.train.hang_seconds, before=time.time() - began)
         closing.enter_context(watchdog)
         closing.enter_context(health.explained(flat, mesh.size, abstract_state.params))
-        stop = closing.enter_context(runtime.StopSignal(enabled=jax.process_count() == 1))
+        stop = closing.enter_context(runtime.StopSignal(alone=jax.process_count() == 1))
         lock = runtime.WorkdirLock(workdir, force=force, enabled=primary)
 
         def open_workdir() -> int:
@@ -147,17 +150,18 @@ def train_and_evaluate(
             before=saved_meta.get("skipped", 0),
         )
         finite.state(start, state)
-        # Not before: weights that are refused leave the workdir to the next attempt.
-        if primary:
-            config_lib.save_config(config, workdir)
-        log = metrics_lib.MetricsLog(workdir, start_step=start, primary=primary, began=began)
-        closing.callback(log.close)
+        # Before the first file is written: it makes room, of a save that came to nothing.
         checkpointer = Checkpointer(
             workdir,
             keep_latest=config.checkpoint.keep_latest,
             best_steps=lambda: metrics_lib.best_steps(log.rows(), config.checkpoint.keep_best),
         )
         closing.callback(checkpointer.close)
+        # Not before: weights that are refused leave the workdir to the next attempt.
+        if primary:
+            config_lib.save_config(config, workdir)
+        log = metrics_lib.MetricsLog(workdir, start_step=start, primary=primary, began=began)
+        closing.callback(log.close)
 
         batches = device.Prefetcher(
             pipeline.train_batches(
@@ -230,6 +234,7 @@ def train_and_evaluate(
 
         def evaluate(step: int) -> None:
             """Scores the averaged weights, where they are kept, and writes the row."""
+            watchdog.at("waiting for data, evaluating")
             started = time.perf_counter()
             variables = state.ema or {"params": state.params, "batch_stats": state.batch_stats}
             scores = evaluate_lib.evaluate(
@@ -268,7 +273,7 @@ def train_and_evaluate(
         # One may have found it in its cache; Gloo gives the others 30 s to come to the first step.
         watchdog.at("waiting for the others to compile")
         processes.meet("the compiled step", patience)
-        if start and eval_due(start) and not processes.agreed(evaluated):
+        if start and eval_due(start) and not processes.agreed(evaluated, patience):
             evaluate(start)
         if stop.name:
             raise runtime.Interrupted(f"{stop.name} before step {start + 1}: nothing to save")
@@ -295,6 +300,7 @@ def train_and_evaluate(
             stopping = stop.name
             if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
                 stopping = "a preemption notice"
+                stop.next_ends()
             if save or stopping:
                 # A checkpoint never knows more than the record: its row is written first.
                 while in_flight:

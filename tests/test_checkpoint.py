@@ -201,8 +201,8 @@ def test_a_failed_save_is_raised_by_the_next_call(tmp_path, monkeypatch):
     monkeypatch.setattr("orbax.checkpoint._src.path.atomicity.on_commit_callback", fail)
     checkpointer.save(1, make_state(1), {})
     message = (
-        r"^step 1 could not be saved into .*/checkpoints: no space left; [\d.]+ GB are free there "
-        r".*; whole checkpoints there, which the same command goes on from: none$"
+        r"^step 1 could not be saved into .*/checkpoints: .*no space left; [\d.]+ GB are free "
+        r"there .*; whole checkpoints there, which the same command goes on from: none$"
     )
     with pytest.raises(checkpoint.CheckpointError, match=message):
         checkpointer.wait()

@@ -19,7 +19,8 @@ def check(limit=0, before=0):
 def test_the_first_step_that_is_none_ends_the_run(name, value):
     values = {"loss": 1.0, "grad_norm": 2.0}
     finite = check()
-    assert finite.step(4, values)
+    finite.step(4, values)
+    assert finite.skipped == 0
     message = rf"^the {name} of step 5 is {value}; the checkpoints in /runs/a are from before; "
     with pytest.raises(health.NonFinite, match=message) as info:
         finite.step(5, values | {name: value})
@@ -28,7 +29,7 @@ def test_the_first_step_that_is_none_ends_the_run(name, value):
 
 def test_so_many_are_passed_over_and_no_more():
     finite, none = check(limit=2, before=1), {"loss": float("nan"), "grad_norm": 1.0}
-    assert not finite.step(8, none)
+    finite.step(8, none)
     assert finite.skipped == 2
     with pytest.raises(health.NonFinite, match=r"of step 9 is nan \(3 of the run; .*=2\);"):
         finite.step(9, none)
@@ -39,9 +40,9 @@ def test_the_arrays_of_a_state_that_is_none_are_named():
     finite = check()
     finite.state(4, state)
     bad = jnp.array([1.0, jnp.inf, 2.0])
-    with pytest.raises(health.NonFinite, match=r"^the state of step 4 is .* saved: params/a$"):
+    with pytest.raises(health.NonFinite, match=r"^the state of step 4 is .* further: params/a$"):
         finite.state(4, state | {"params": {"a": bad, "b": jnp.zeros(())}})
-    with pytest.raises(health.NonFinite, match=r"saved: x/0, x/1, x/2 and 2 more arrays$"):
+    with pytest.raises(health.NonFinite, match=r"further: x/0, x/1, x/2 and 2 more arrays$"):
         finite.state(4, {"x": [bad] * 5})
 
 

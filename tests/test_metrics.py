@@ -222,6 +222,17 @@ def test_a_start_that_saved_nothing_is_lost(tmp_path):
     assert (found["goodput/step"], found["goodput/lost"]) == (0.25, 0.6)
 
 
+def test_what_two_later_starts_took_again_is_lost(tmp_path):
+    whole = [(step, float(step), 0.0) for step in (50, 100, 150, 200)]
+    write_starts(
+        tmp_path,
+        start_of(0, 1e9, *whole),
+        start_of(100, 1e9 + 200, (150, 50.0, 0.0)),
+        start_of(50, 1e9 + 250, (200, 150.0, 0.0)),
+    )
+    assert goodput(tmp_path, 1e9 + 400)["goodput/step"] == 0.5
+
+
 def test_starts_of_older_versions_have_no_time(tmp_path):
     write_starts(tmp_path, start_of(0, 1.0), start_of(7, 1e9, (9, 5.0, 5.0)))
     assert goodput(tmp_path, 1e9 + 10)["goodput/seconds"] == 10

@@ -1,7 +1,6 @@
 """The process: the cache of compiled programs, signals, the lock of a workdir, the watchdog."""
 
 import contextlib
-import itertools
 import json
 import os
 import platform
@@ -73,7 +72,7 @@ def handlers():
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_first_signal_is_noted(number, capsys):
     before = handlers()
-    with runtime.StopSignal(enabled=True) as stop:
+    with runtime.StopSignal(alone=True) as stop:
         assert stop.name == ""
         assert handlers() != before
         os.kill(os.getpid(), number)
@@ -87,16 +86,23 @@ def test_first_signal_is_noted(number, capsys):
 
 def test_handlers_come_back_without_a_signal():
     before = handlers()
-    with pytest.raises(KeyError), runtime.StopSignal(enabled=True):
+    with pytest.raises(KeyError), runtime.StopSignal(alone=True):
         raise KeyError
     assert handlers() == before
 
 
-def test_disabled_stop_signal_leaves_the_handlers():
+def test_among_several_sigterm_is_left_to_jax_and_ctrl_c_made_one():
     before = handlers()
-    with runtime.StopSignal(enabled=False) as stop:
-        assert handlers() == before
+    heard = []
+    signal.signal(signal.SIGTERM, lambda *_: heard.append("SIGTERM"))
+    with runtime.StopSignal(alone=False) as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert heard == ["SIGTERM"]
+        stop.next_ends()
+        assert set(handlers().values()) == {signal.SIG_DFL}
     assert stop.name == ""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    assert handlers() == before
 
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
@@ -105,7 +111,7 @@ def test_second_signal_ends_the_process(second):
         "import os, signal, threading, time\n"
         "from halonet.runtime import StopSignal\n"
         "threading.Thread(target=time.sleep, args=(60,)).start()\n"  # as one that saves
-        "with StopSignal(enabled=True) as stop:\n"
+        "with StopSignal(alone=True) as stop:\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    print('noted', stop.name, flush=True)\n"
         f"    os.kill(os.getpid(), {int(second)})\n"
@@ -305,9 +311,3 @@ def test_the_watchdog_knows_what_the_time_went_on():
     assert 5.02 <= seconds["starting"] < 6
     assert 0.05 <= seconds["waiting for data"] < 1
     assert seconds["never"] == 0
-
-
-def test_only_the_first_run_of_a_process_has_its_start(monkeypatch):
-    monkeypatch.setattr(runtime, "_claims", itertools.count())
-    assert runtime.unclaimed_seconds() == pytest.approx(runtime.process_seconds(), abs=1)
-    assert runtime.unclaimed_seconds() == 0

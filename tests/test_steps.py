@@ -305,8 +305,13 @@ def test_a_step_without_a_loss_changes_nothing_but_its_number(batch, none):
     loss = {"loss": lambda logits, targets: steps.cross_entropy(logits, targets) * none}
     after, metrics = train_step(taken, batch, **skipping, **loss)
     assert not np.isfinite(metrics["loss"])
-    jax.tree.map(np.testing.assert_array_equal, after, dataclasses.replace(taken, step=after.step))
-    assert int(after.step) == 2
+    unmoved = dataclasses.replace(taken, step=after.step, opt_state=after.opt_state)
+    jax.tree.map(np.testing.assert_array_equal, after, unmoved)
+    # The optimizer counts the step, so that its schedule ends with the run.
+    assert (int(after.step), int(after.opt_state[0].count)) == (2, 2)
+    for name in ("mu", "nu"):
+        moments = getattr(after.opt_state[0], name), getattr(taken.opt_state[0], name)
+        jax.tree.map(np.testing.assert_array_equal, *moments)
 
 
 def test_eval_step_counts_what_the_mask_keeps(batch):

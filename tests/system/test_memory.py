@@ -10,9 +10,10 @@ from halonet import checkpoint
 from tests.system.launch import Start
 
 # MB that may come between the second and the last fifth of the checkpoints, 18 saves of 30. The
-# state of the run has 1.7 MB (103,850 parameters, their average and two moments): left behind at
-# each save it would take 30, and the test that does so sees 53. Without it 18 were seen, and 17 in
-# 60 saves of 2,000 steps: Orbax and TensorStore keep 0.1 MB at each save, and allocators some more.
+# state of the run has 1.7 MB (103,850 parameters, their average and two moments): three of them left
+# behind at each save would take 90, and the test that does so has to notice. Without it 18 to 22
+# were seen, in 300 steps as in 2,000: Orbax and TensorStore keep 0.1 MB at each save, and allocators
+# some more; that hides one state a save (20 to 53 were seen).
 BOUND = 32
 
 LEAKS = """
@@ -23,7 +24,7 @@ import jax, numpy
 
 kept, save = [], Checkpointer.save
 def keeping(self, step, state, meta):
-    kept.append(jax.tree.map(numpy.array, state))
+    kept.extend(jax.tree.map(numpy.array, state) for _ in range(3))
     save(self, step, state, meta)
 Checkpointer.save = keeping
 app.run(main.main, flags_parser=main.parse_flags)
