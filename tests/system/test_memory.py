@@ -10,10 +10,10 @@ from halonet import checkpoint
 from tests.system.launch import Start
 
 # MB that may come between the second and the last fifth of the checkpoints, 18 saves of 30. The
-# state of the run has 1.7 MB (103,850 parameters, their average and two moments): three of them
-# left behind at each save would take 90, and the test that does so has to notice. Without it 18 to
-# 22 were seen, in 300 steps as in 2,000: Orbax and TensorStore keep 0.1 MB at each save, and
-# allocators some more; that can hide one state a save (20 to 53 were seen).
+# state of the run has 1.7 MB (103,850 parameters, their average and two moments): ten of them left
+# behind at each save take 300, and the test that does so has to notice. Without it 14 to 22 were
+# seen, in 300 steps as in 2,000: Orbax and TensorStore keep 0.1 MB at each save, and allocators
+# some more, which can hide one state a save (20 to 53 were seen).
 BOUND = 32
 
 LEAKS = """
@@ -24,7 +24,7 @@ import jax, numpy
 
 kept, save = [], Checkpointer.save
 def keeping(self, step, state, meta):
-    kept.extend(jax.tree.map(numpy.array, state) for _ in range(3))
+    kept.extend(jax.tree.map(numpy.array, state) for _ in range(10))
     save(self, step, state, meta)
 Checkpointer.save = keeping
 app.run(main.main, flags_parser=main.parse_flags)
