@@ -333,6 +333,7 @@ def test_leaving_an_iterator_stops_its_threads(leave):
         assert not thread.is_alive()
 
 
+@pytest.mark.middle
 def test_leaving_the_program_does_not_hang():
     program = """
 import sys

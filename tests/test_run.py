@@ -307,7 +307,9 @@ def test_a_run_opens_as_a_backbone(workdir):
         run.predict(np.zeros((1, 32, 32, 3), np.uint8))
 
 
-@pytest.mark.parametrize(("size", "padding"), [(48, False), (40, True)])
+@pytest.mark.parametrize(
+    ("size", "padding"), [(48, False), pytest.param(40, True, marks=pytest.mark.middle)]
+)
 def test_a_model_is_evaluated_at_another_size(workdir, tmp_path, size, padding):
     settings = {"data.image_size": size, "model.pad_to_blocks": padding}
     config = small_config(**settings, **{"train.steps": 0})  # how long to train is not its affair

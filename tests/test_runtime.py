@@ -189,7 +189,7 @@ def test_a_second_run_is_refused_and_a_dead_one_succeeded(tmp_path, owner, capsy
 
 def test_force_takes_over_and_the_owner_notices(tmp_path, capsys):
     first = runtime.WorkdirLock(tmp_path, heartbeat=0.05)
-    with first, runtime.WorkdirLock(tmp_path, force=True):
+    with first, runtime.WorkdirLock(tmp_path, force=True, stale=1.0):
         assert "taking over" in capsys.readouterr().out
         deadline = time.monotonic() + 10
         while not first._lost:

@@ -327,9 +327,8 @@ def test_eval_step_counts_what_the_mask_keeps(batch):
     np.testing.assert_allclose(sums["loss"], 24.0, rtol=1e-5)  # 12 * 2 above the others, once
 
 
-@pytest.mark.parametrize(
-    ("accumulate", "shares"), [pytest.param(2, 1, marks=pytest.mark.middle), (2, 2)]
-)
+@pytest.mark.middle
+@pytest.mark.parametrize(("accumulate", "shares"), [(2, 1), (2, 2)])
 def test_accumulation_equals_the_large_batch(accumulate, shares):
     """Of a real model too: groups of batch statistics lie within the parts."""
     model = create_model("halonet_tiny", num_classes=5, bn_group=2, depths=(1, 1))

@@ -244,6 +244,7 @@ def with_a_loss_that_is_none(monkeypatch, steps):
     monkeypatch.setattr(train.recipe, "train_step", poisoned)
 
 
+@pytest.mark.middle
 def test_the_step_whose_loss_is_none_is_named(tmp_path, monkeypatch):
     with_a_loss_that_is_none(monkeypatch, [7])
     config = small_config(**{"train.steps": 10, "checkpoint.every_steps": 5})
