@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import re
-import reprlib
 import sys
 import time
 from collections.abc import Callable
@@ -170,8 +169,8 @@ def check_alike(what: dict[str, Any], seconds: float = _JOIN_SECONDS) -> None:
     found = {int(k.rpartition("/")[2]): json.loads(v) for k, v in client.key_value_dir_get(folder)}
     for index in sorted(found):
         differing = [
-            f"{name} is {reprlib.repr(found[0].get(name))} in process 0 and "
-            f"{reprlib.repr(found[index].get(name))} in process {index}"
+            f"{name} is {repr(found[0].get(name))[:200]} in process 0 and "
+            f"{repr(found[index].get(name))[:200]} in process {index}"
             for name in sorted(found[0].keys() | found[index].keys())
             if found[0].get(name) != found[index].get(name)
         ]
