@@ -352,13 +352,14 @@ class StopSignal:
         self._previous = {it: signal.signal(it, handler) for it, handler in self._handlers.items()}
         return self
 
-    def next_ends(self) -> None:
-        """From here on either signal ends the process at once."""
-        for number in (signal.SIGTERM, signal.SIGINT):
+    def _next_ends(self) -> None:
+        for number in self._handlers:
             # Not Python's own for Ctrl-C: its exception would wait for the threads that save.
             signal.signal(number, signal.SIG_DFL)
 
     def _pass_on(self, number: int, _frame) -> None:
+        # A second SIGTERM ends nothing: the machines of a pod hear of one preemption seconds apart.
+        self._next_ends()
         os.kill(os.getpid(), signal.SIGTERM)
 
     def __exit__(self, *exc_info) -> None:
@@ -368,4 +369,4 @@ class StopSignal:
     def _note(self, number: int, _frame) -> None:
         self.name = signal.Signals(number).name
         print(f"\n{self.name}: finishing this step and saving; again to leave at once", flush=True)
-        self.next_ends()
+        self._next_ends()

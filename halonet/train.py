@@ -300,7 +300,6 @@ def train_and_evaluate(
             stopping = stop.name
             if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
                 stopping = "a preemption notice"
-                stop.next_ends()
             if save or stopping:
                 # A checkpoint never knows more than the record: its row is written first.
                 while in_flight:
