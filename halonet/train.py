@@ -298,7 +298,10 @@ def train_and_evaluate(
                 profile(step)
 
             stopping = stop.name
-            if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+            # By the steps of this start: a notice before the first is for number 1, and no other.
+            if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(
+                step - start
+            ):
                 stopping = "a preemption notice"
             if save or stopping:
                 # A checkpoint never knows more than the record: its row is written first.

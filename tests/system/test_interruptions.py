@@ -175,6 +175,25 @@ def test_a_kill_inside_a_save_leaves_only_whole_checkpoints(tmp_path):
 
 
 @pytest.mark.middle
+@pytest.mark.timeout(600)
+def test_two_processes_stop_together_whenever_one_is_told(tmp_path):
+    workdir = tmp_path / "run"
+    settings = {**SETTINGS, "train.steps": 400, "eval.every_steps": 400}
+    with Start(workdir, **settings) as start:
+        start.until(lambda: checkpoint.saved_steps(workdir), "a checkpoint")
+        start.processes[1].send_signal(signal.SIGINT)
+        assert start.wait(60) == [PREEMPTED] * 2, start.said()
+        assert re.search(r"a preemption notice at step \d+ of 400: saved", start.output())
+    saved = checkpoint.saved_steps(workdir)[-1]
+    # Before its first step, which is not the run's first.
+    with Start(workdir, **settings) as start:
+        start.until_said("compiling the step")
+        start.processes[0].send_signal(signal.SIGTERM)
+        assert start.wait(60) == [PREEMPTED] * 2, start.said()
+    assert checkpoint.saved_steps(workdir)[-1] == saved + 1
+
+
+@pytest.mark.middle
 @pytest.mark.timeout(900)
 def test_one_of_two_dies_or_hangs_and_both_end(tmp_path):
     workdir = tmp_path / "run"
