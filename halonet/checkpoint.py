@@ -38,6 +38,12 @@ class CheckpointError(ValueError):
     exit_code = 4
 
 
+class SaveError(CheckpointError):
+    """A checkpoint that could not be written. Those before it are whole."""
+
+    exit_code = 7
+
+
 @dataclasses.dataclass(frozen=True)
 class _KeepSteps(preservation_policy.PreservationPolicy):
     """Keeps what `steps()` names at the time of asking."""
@@ -122,13 +128,13 @@ class Checkpointer:
         """Raises what went wrong in a save since the last call, without waiting for it.
 
         Raises:
-          CheckpointError: where a disk is full, say; with the room that is left.
+          SaveError: where a disk is full, say; with the room that is left.
         """
         with self._explained():
             self._manager.check_for_errors()
 
     def wait(self) -> None:
-        """Returns when everything saved is durable; CheckpointError where that cannot be."""
+        """Returns when everything saved is durable; SaveError where that cannot be."""
         with self._explained():
             self._manager.wait_until_finished()
 
@@ -141,7 +147,7 @@ class Checkpointer:
         # What a full disk, a quota or a bucket raises is of many kinds.
         except Exception as error:
             earlier = ", ".join(map(str, saved_steps(self._folder.parent))) or "none"
-            raise CheckpointError(
+            raise SaveError(
                 f"step {self._saving} could not be saved into {self._folder}: "
                 f"{type(error).__name__}: {_line(error)}; "
                 f"{room(self._folder)}; whole checkpoints there, which the same command goes on "
@@ -149,7 +155,7 @@ class Checkpointer:
             ) from error
 
     def close(self) -> None:
-        """Waits, then ends the manager's threads; CheckpointError where a save still fails then."""
+        """Waits, then ends the manager's threads; SaveError where a save still fails then."""
         with self._explained():
             self._manager.close()
 

@@ -13,13 +13,14 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from halonet import files, plots, runtime, sharding, steps
+from halonet import files, health, plots, runtime, sharding, steps
 from halonet.config import (
     ConfigError,
     center_view,
     check_devices,
     check_image_size,
     check_values,
+    flatten,
     model_overrides,
     with_view_of,
 )
@@ -284,8 +285,10 @@ def evaluate_checkpoint(
         "model": model_overrides(config),
         "suites": {},
     }
+    settings, params = flatten(config), run.variables["params"]
     for name, source in found.items():
-        sums = add_up(suite_step, run.variables, eval_batches(config, source, mesh))
+        with health.explained(settings, mesh.size, params, "eval.batch_size"):
+            sums = add_up(suite_step, run.variables, eval_batches(config, source, mesh))
         scores = {
             "data": f"{source.name}/{source.split}",
             "fingerprint": source.fingerprint,

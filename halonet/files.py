@@ -13,7 +13,7 @@ from etils import epath
 class WriteError(OSError):
     """A file that could not be written. The message is one line, with the room that is left."""
 
-    exit_code = 4
+    exit_code = 7
 
     def __init__(self, path: epath.PathLike, error: OSError):
         super().__init__(error.errno, error.strerror or str(error))

@@ -23,7 +23,7 @@ class NonFinite(FloatingPointError):
 class OutOfMemory(MemoryError):
     """A step that the devices or the host have no memory for. The message is one line."""
 
-    exit_code = 2
+    exit_code = 7
 
 
 class FiniteCheck:
@@ -79,14 +79,31 @@ class FiniteCheck:
             )
 
 
+# What the memory of a step depends on, and what would need less of it, by the key of its batch.
+_NEEDS = {
+    "data.batch_size": (
+        ("data.image_size", "train.accumulate", "model.remat", "model.dtype", "mesh.fsdp"),
+        "a smaller batch needs less, or train.accumulate=2 and up, model.remat=block, "
+        "model.dtype=bfloat16, more devices; mesh.fsdp splits the parameters",
+    ),
+    "eval.batch_size": (
+        ("data.image_size", "model.dtype"),
+        "a smaller batch needs less, or model.dtype=bfloat16, or more devices",
+    ),
+}
+
+
 @contextlib.contextmanager
-def explained(settings: Mapping[str, Any], devices: int, params: Any) -> Iterator[None]:
+def explained(
+    settings: Mapping[str, Any], devices: int, params: Any, batch: str = "data.batch_size"
+) -> Iterator[None]:
     """A context whose want of memory is told with what needs it and what would need less.
 
     Args:
       settings: keys of the configuration, with dots, to values.
       devices: that share a batch.
       params: the model's, or their abstract shapes.
+      batch: the key of the batch's size: "data.batch_size" in training, or "eval.batch_size".
 
     Raises:
       OutOfMemory: instead of JAX's error or Python's MemoryError.
@@ -97,13 +114,10 @@ def explained(settings: Mapping[str, Any], devices: int, params: Any) -> Iterato
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         count = sum(leaf.size for leaf in jax.tree.leaves(params))
-        names = ("data.image_size", "train.accumulate", "model.remat", "model.dtype", "mesh.fsdp")
-        batch = settings["data.batch_size"]
+        size, (names, advice) = settings[batch], _NEEDS[batch]
         line = (str(error).splitlines() or ["MemoryError"])[0][:300]
         raise OutOfMemory(
-            f"not enough memory for config.data.batch_size={batch}, {batch // devices} on each of "
+            f"not enough memory for config.{batch}={size}, {size // devices} on each of "
             f"{devices} devices, with {', '.join(f'{name}={settings[name]}' for name in names)} "
-            f"and {count:,} parameters; a smaller batch needs less, or train.accumulate=2 and up, "
-            "model.remat=block, model.dtype=bfloat16, more devices; mesh.fsdp splits the "
-            f"parameters ({line})"
+            f"and {count:,} parameters; {advice} ({line})"
         ) from error

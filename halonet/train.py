@@ -68,7 +68,8 @@ def train_and_evaluate(
       ConfigError, DataError: before anything compiles, in one line.
       DistributedError, MissingError: where the processes are not of one run, or not all there.
       LockedError: where another run holds the workdir.
-      CheckpointError, WriteError: where a checkpoint or another file cannot be read or written.
+      CheckpointError: where a checkpoint is damaged or of another run.
+      SaveError, WriteError: where one, or another file, cannot be written.
       Interrupted: after a SIGTERM or Ctrl-C, the state being saved.
       NonFinite: where loss, gradient or state is no longer finite.
       OutOfMemory: where devices or host have too little.

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from halonet import evaluate, steps
-from halonet.config import ConfigError
+from halonet.config import ConfigError, load_config
 from halonet.data.errors import DataError
+from halonet.health import OutOfMemory
 from halonet.models import HaloNet, create_model
 from tests.small_run import small_config
+from tests.test_golden_run import GOLDEN, registered  # noqa: F401 (its model, in every test)
 
 CLASSES = 7
 
@@ -168,3 +170,15 @@ def test_an_unknown_suite_is_refused(tmp_path):
     config = small_config(**{"data.data_dir": str(tmp_path)})
     with pytest.raises(DataError, match="'imagenet2012_real' not found under"):
         evaluate.evaluate_checkpoint(config, tmp_path, suites=["real"])
+
+
+def test_want_of_memory_is_told(tmp_path, monkeypatch):
+    config = load_config(GOLDEN)
+
+    def too_much(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr(evaluate, "add_up", too_much)
+    size = config.eval.batch_size
+    with pytest.raises(OutOfMemory, match=f"^not enough memory for config.eval.batch_size={size},"):
+        evaluate.evaluate_checkpoint(config, tmp_path, checkpoint=str(GOLDEN))

@@ -23,7 +23,7 @@ def test_the_old_file_stays_where_there_is_no_room(tmp_path, monkeypatch):
         )
         with pytest.raises(files.WriteError, match=message) as info:
             files.write_whole(path, "new")
-    assert info.value.exit_code == 4
+    assert info.value.exit_code == 7
     assert [it.name for it in tmp_path.iterdir()] == ["row.json"]
     assert path.read_text() == "old"
 

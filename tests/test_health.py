@@ -70,7 +70,22 @@ def test_want_of_memory_is_told_with_what_needs_it(error):
         "up, model.remat=block, model.dtype=bfloat16, more devices; mesh.fsdp splits the "
         f"parameters ({first})"
     )
-    assert info.value.exit_code == 2
+    assert info.value.exit_code == 7
+
+
+def test_evaluation_is_told_what_it_can_change():
+    settings = flatten(mnist.get_config())
+    with (
+        pytest.raises(health.OutOfMemory) as info,
+        health.explained(settings, 2, {}, "eval.batch_size"),
+    ):
+        raise MemoryError
+    assert str(info.value) == (
+        f"not enough memory for config.eval.batch_size={settings['eval.batch_size']}, "
+        f"{settings['eval.batch_size'] // 2} on each of 2 devices, with data.image_size="
+        f"{settings['data.image_size']}, model.dtype=float32 and 0 parameters; a smaller batch "
+        "needs less, or model.dtype=bfloat16, or more devices (MemoryError)"
+    )
 
 
 @pytest.mark.parametrize("error", [jax.errors.JaxRuntimeError("INTERNAL: no"), ValueError("no")])

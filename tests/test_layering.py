@@ -66,7 +66,7 @@ TABLE = {
     ),
     # It says with which code and packages a result was made, hence runtime; metrics writes whole.
     "halonet.evaluate": (
-        "models data steps checkpoint sharding plots config run runtime files",
+        "models data steps checkpoint sharding plots config run runtime files health",
         "jax ml_collections numpy",
         "",
     ),
