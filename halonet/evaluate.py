@@ -246,6 +246,8 @@ def evaluate_checkpoint(
       suites: names of `SUITES`, scored as well, under "suites" in the result.
     """
     check_values(config)
+    for flag, path in (("--workdir", workdir), ("--evaluate.checkpoint", checkpoint)):
+        files.check_reachable(flag, path)
     for name in suites:
         if name not in SUITES:
             raise ConfigError(f"--evaluate.suites: {name!r} is not one of {', '.join(SUITES)}")

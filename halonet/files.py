@@ -23,6 +23,31 @@ class WriteError(OSError):
         return f"{self._path} cannot be written: {self.strerror}; {room(self._path)}"
 
 
+class UnreachableError(ValueError):
+    """A file system that cannot be asked. The message is one line."""
+
+    exit_code = 2
+
+
+def check_reachable(flag: str, path: epath.PathLike) -> None:
+    """Raises UnreachableError unless a folder, which need not exist, can be looked for.
+
+    Args:
+      flag: that named it, for the message.
+      path: a folder of this machine, or gs://.
+    """
+    if "://" not in str(path):
+        return
+    try:
+        epath.Path(path).exists()
+    except Exception as error:  # each file system has exceptions of its own
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UnreachableError(
+            f"{flag}={path} cannot be reached ({line}); a folder of this machine would do, or "
+            "gs://BUCKET/FOLDER where the bucket exists and this machine may use it"
+        ) from error
+
+
 def room(path: epath.PathLike) -> str:
     """How much the file system of a path, which need not exist, has free, as a text."""
     if "://" in str(path):

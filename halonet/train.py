@@ -65,7 +65,7 @@ def train_and_evaluate(
       began: when this start did, in seconds since 1970; 0: now.
 
     Raises:
-      ConfigError, DataError: before anything compiles, in one line.
+      ConfigError, DataError, UnreachableError: before anything compiles, in one line.
       DistributedError, MissingError: where the processes are not of one run, or not all there.
       LockedError: where another run holds the workdir.
       CheckpointError: where a checkpoint is damaged or of another run.
@@ -75,6 +75,7 @@ def train_and_evaluate(
       OutOfMemory: where devices or host have too little.
     """
     began = began or time.time()
+    files.check_reachable("--workdir", workdir)
     workdir = epath.Path(workdir)
     primary = jax.process_index() == 0
     # A little before the watchdog, which names nobody.

@@ -31,3 +31,17 @@ def test_the_old_file_stays_where_there_is_no_room(tmp_path, monkeypatch):
 def test_room_of_a_folder_that_is_not_there_yet(tmp_path):
     assert files.room(tmp_path / "not" / "yet") == files.room(tmp_path)
     assert files.room("gs://bucket/run") == "how much is free there is not known"
+
+
+@pytest.mark.parametrize("path", ["s3://bucket/run", "nowhere://run"])
+def test_what_cannot_be_reached_is_one_line(path):
+    with pytest.raises(files.UnreachableError) as info:
+        files.check_reachable("--workdir", path)
+    assert re.fullmatch(
+        rf"--workdir={path} cannot be reached \(.+\); a folder .* use it", str(info.value)
+    )
+    assert info.value.exit_code == 2
+
+
+def test_folders_of_this_machine_are_reached(tmp_path):
+    files.check_reachable("--workdir", tmp_path / "not" / "yet")
