@@ -79,7 +79,8 @@ test: install
 	  -m "not middle and not long" $(ARGS)
 
 middle: install
-	@$(RUN) -m pytest -q -m "middle and not long" $(ARGS)
+	@$(RUN) -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder \
+	  -m "middle and not long" $(ARGS)
 
 long: install
 	@$(RUN) -m pytest -q -n $(JOBS) -m long --record=tests/records/long.json $(ARGS)

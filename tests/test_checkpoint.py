@@ -96,6 +96,28 @@ def test_keeps_the_latest_and_the_best(tmp_path):
     assert checkpoint.saved_steps(tmp_path) == [2, 5, 6]
 
 
+@pytest.mark.parametrize("left", ["everything", "all but the meta item", "no file", "one file"])
+def test_a_deletion_that_was_cut_off_is_made_good(tmp_path, left):
+    """Of a step that was to go: the newer ones count, and the next start deletes the rest."""
+    save(tmp_path, 2, 4, 6, keep_latest=3)
+    folder = checkpoint.step_folder(tmp_path, 2)
+    files = sorted(path for path in pathlib.Path(folder).rglob("*") if path.is_file())
+    gone = {
+        "everything": [],
+        "all but the meta item": [path for path in files if "meta" in path.parts],
+        "no file": files,
+        "one file": files[1:],
+    }
+    for path in gone[left]:
+        path.unlink()
+    said = []
+    assert checkpoint.newest_good_step(tmp_path, said.append) == 6
+    assert said == []
+    save(tmp_path, 8, keep_latest=2)
+    assert checkpoint.saved_steps(tmp_path) == [6, 8]
+    assert not folder.exists()
+
+
 def test_a_relative_workdir_will_do(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save("run", 4)
