@@ -143,6 +143,7 @@ class Rehearsal:
 
     @staticmethod
     def _show(index: int, lines) -> None:
-        for line in lines:
-            sys.stdout.write(f"[{index}] {line}")
-            sys.stdout.flush()
+        with lines:
+            for line in lines:
+                sys.stdout.write(f"[{index}] {line}")
+                sys.stdout.flush()

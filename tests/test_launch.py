@@ -138,14 +138,12 @@ def test_exit_codes_are_those_of_main():
     said = "Container train for pod p/h4-slice-0-3-x failed with exit code {} matching FailJob rule"
     actions = [
         next(
-
-                rule["action"]
-                for rule in spec["failurePolicy"]["rules"]
-                if any(
-                    re.search(it, said.format(code))
-                    for it in rule.get("onJobFailureMessagePatterns", [""])
-                )
-
+            rule["action"]
+            for rule in spec["failurePolicy"]["rules"]
+            if any(
+                re.search(it, said.format(code))
+                for it in rule.get("onJobFailureMessagePatterns", [""])
+            )
         )
         for code in codes
     ]

@@ -2,11 +2,11 @@
 
 import os
 import pathlib
-import socket
 import subprocess
 import sys
 import time
 
+from launch.rehearsal import free_port, process_flags
 from tests.small_run import SETTINGS
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -32,12 +32,6 @@ def launch(*arguments, devices=1, environment=None, **options):
         },
         **options,
     )
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class Start:
@@ -71,20 +65,12 @@ class Start:
         ]
         port = free_port()
         for index in range(count):
-            if count > 1:
-                of_process = [
-                    f"--distributed.coordinator=127.0.0.1:{port}",
-                    f"--distributed.process_id={index}",
-                    f"--distributed.process_count={count}",
-                ]
-            else:
-                of_process = []
             log = self.workdir.with_name(f"{self.workdir.name}.{index}.log")
             with log.open("w") as file:
                 process = launch(
                     *program,
                     *flags,
-                    *of_process,
+                    *process_flags(index, count, port),
                     devices=devices,
                     stdout=file,
                     process_group=self.processes[0].pid if index else 0,

@@ -9,7 +9,8 @@ import sys
 import pytest
 
 from halonet import checkpoint
-from tests.system.launch import ROOT, free_port, launch
+from launch.rehearsal import free_port, process_flags
+from tests.system.launch import ROOT, launch
 
 SETTINGS = {
     "train.epochs": 0,
@@ -36,13 +37,7 @@ def pair(*commands):
     """Two processes of one run."""
     port = free_port()
     return [
-        launch(
-            *command,
-            f"--distributed.coordinator=127.0.0.1:{port}",
-            f"--distributed.process_id={index}",
-            "--distributed.process_count=2",
-        )
-        for index, command in enumerate(commands)
+        launch(*command, *process_flags(index, 2, port)) for index, command in enumerate(commands)
     ]
 
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from halonet import checkpoint, runtime
+from launch.rehearsal import free_port, process_flags
 from tests.small_run import rows, saved_arrays
-from tests.system.launch import free_port, launch
+from tests.system.launch import launch
 
 SETTINGS = {
     "optim.name": "sgd",
@@ -26,12 +27,7 @@ SETTINGS = {
 def start(workdir, *, mode="train", devices=1, process_id=0, process_count=1, port=0, **settings):
     settings = {**SETTINGS, **settings}
     flags = [f"--mode={mode}", *(f"--config.{key}={value}" for key, value in settings.items())]
-    if process_count > 1:
-        flags += [
-            f"--distributed.coordinator=127.0.0.1:{port}",
-            f"--distributed.process_id={process_id}",
-            f"--distributed.process_count={process_count}",
-        ]
+    flags += process_flags(process_id, process_count, port)
     command = ("main.py", "--config=configs/mnist.py", f"--workdir={workdir}", *flags)
     return launch(*command, devices=devices)
 

@@ -6,8 +6,9 @@ import urllib.parse
 
 import pytest
 
+from launch.rehearsal import free_port
 from tests.small_run import SETTINGS
-from tests.system.launch import free_port, launch
+from tests.system.launch import launch
 
 SECRETS = {
     "WANDB_API_KEY": "9f2c41d07b5e8a63f1d4c2b09e7a58d36c1b4f20",
