@@ -15,10 +15,10 @@ from typing import ClassVar
 from launch.runs import LaunchError, Run, check_runs
 
 # Exit codes of main.py. 75 is a run that was preempted and has saved. The next are of what no
-# restart cures: configuration, data, and a loss that is no number, for the same steps would follow.
-# After any other (a process that died or hung, a bucket that failed) it is started again, so often.
+# restart cures: configuration, data, a loss that is no number (the same steps would follow), want
+# of memory or disk. After any other (a process died or hung, a bucket failed) it is started again.
 PREEMPTED = 75
-FINAL = (2, 3, 5)
+FINAL = (2, 3, 5, 7)
 
 _PLANES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = (

@@ -133,7 +133,7 @@ def test_exit_codes_are_those_of_main():
     spec = yaml.safe_load(rendered("jobset", H4)[1])["spec"]
     rules = spec["replicatedJobs"][0]["template"]["spec"]["podFailurePolicy"]["rules"]
     codes = rules[1]["onExitCodes"]["values"]
-    assert codes == [75, 2, 3, 5]
+    assert codes == [75, 2, 3, 5, 7]
     # What Kubernetes says then, and which rule JobSet takes.
     said = "Container train for pod p/h4-slice-0-3-x failed with exit code {} matching FailJob rule"
     actions = [
@@ -147,7 +147,7 @@ def test_exit_codes_are_those_of_main():
         )
         for code in codes
     ]
-    assert actions == ["RestartJobSetAndIgnoreMaxRestarts"] + 3 * ["FailJobSet"]
+    assert actions == ["RestartJobSetAndIgnoreMaxRestarts"] + 4 * ["FailJobSet"]
 
 
 FAKE = """#!{python} -S
@@ -228,7 +228,7 @@ def of(calls, name):
     [
         ([0], 0, 1, []),
         ([75], 0, 1, [["requeue", "17"]]),
-        *(([code], code, 1, []) for code in (2, 3, 5)),
+        *(([code], code, 1, []) for code in (2, 3, 5, 7)),
         ([134, 6, 0], 0, 3, []),
         ([1, 1, 1], 1, 3, []),
         ([1, 3], 3, 2, []),

@@ -88,7 +88,7 @@ while :; do
     echo "done; gcloud compute tpus tpu-vm delete $name --project=p --zone=us-west4-a"
     exit
     ;;
-  2 | 3 | 5) exit $status ;;
+  2 | 3 | 5 | 7) exit $status ;;
   75) echo "preempted and saved; starting again" ;;
   *)
     ((failures++ < 20)) || exit $status
