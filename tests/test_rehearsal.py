@@ -147,7 +147,11 @@ def rehearsal_process(tmp_path, what):
 def test_a_signal_reaches_each_process_once(tmp_path, number, code, starts):
     """To the whole group, as a terminal and Slurm do it. Ctrl-C is not followed by a restart."""
     process = rehearsal_process(tmp_path, "until_signal();until_signal()")
+    # Held, so that what hears the group would hear it twice and not once at the same time.
+    process.send_signal(signal.SIGSTOP)
     os.killpg(process.pid, number)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGCONT)
     output, _ = process.communicate(timeout=30)
     assert process.returncode == code
     for index in range(2):
