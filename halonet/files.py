@@ -26,7 +26,7 @@ class WriteError(OSError):
 class UnreachableError(ValueError):
     """A file system that cannot be asked. The message is one line."""
 
-    exit_code = 2
+    exit_code = 4  # and not that of a wrong flag: a bucket may come back
 
 
 def check_reachable(flag: str, path: epath.PathLike) -> None:

@@ -40,7 +40,7 @@ def test_what_cannot_be_reached_is_one_line(path):
     assert re.fullmatch(
         rf"--workdir={path} cannot be reached \(.+\); a folder .* use it", str(info.value)
     )
-    assert info.value.exit_code == 2
+    assert info.value.exit_code == 4
 
 
 def test_folders_of_this_machine_are_reached(tmp_path):
