@@ -131,7 +131,7 @@ def finish(workdir, **settings):
             marks=[pytest.mark.middle, pytest.mark.timeout(900)],
         ),
         pytest.param(
-            int(os.environ.get("CHAOS", "20")),  # an hour or two for a hundred
+            int(os.environ.get("CHAOS", "100")),  # an hour or two
             {"train.steps": 300, "checkpoint.every_steps": 20, "eval.every_steps": 50},
             marks=[pytest.mark.long, pytest.mark.timeout(14_400)],
         ),
