@@ -50,7 +50,10 @@ def table_size(block: int, halo: int, positions: str = "exact") -> int:
 class Spec:
     """What one call of the op computes, apart from its arrays; see `halo_attention`.
 
-    `height` and `width` are those of the image in pixels, without padding.
+    `height` and `width` are those of the image in pixels, without padding. Where `row_devices`
+    share its rows, an implementation computes one part of them, and keys and values come with
+    `strips` more rows of blocks above and below: those of the neighbours as far as the halo
+    reaches, and zeros.
 
     Raises:
       ValueError: an option that is unknown or does not fit, with what would do.
@@ -64,6 +67,7 @@ class Spec:
     scale_positions: bool
     height: int
     width: int
+    row_devices: int = 1
 
     def __post_init__(self):
         block, stride = self.block, self.stride
@@ -91,8 +95,14 @@ class Spec:
 
     @property
     def blocks(self) -> tuple[int, int]:
-        """Rows and columns of blocks that cover the image."""
-        return -(-self.height // self.block), -(-self.width // self.block)
+        """Rows and columns of blocks that cover the image, or a device's part of it."""
+        rows, cols = -(-self.height // self.block), -(-self.width // self.block)
+        return rows // self.row_devices, cols
+
+    @property
+    def strips(self) -> int:
+        """Rows of blocks that keys and values have above, and below, those of the queries."""
+        return -(-self.halo // self.block) if self.row_devices > 1 else 0
 
     def table_index(self) -> np.ndarray:
         """Returns the table row of every (query, key) pair along one axis, the same in each block.

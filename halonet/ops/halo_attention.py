@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from halonet.ops import geometry, measured, packed, pallas_tpu, reference, rows, xla
+from halonet.ops import geometry, measured, packed, pallas_tpu, reference, rows, spatial, xla
 
 # Each takes (q, k, v, row_table, col_table, spec). The images are padded to whole blocks; `spec`
 # has their true size.
@@ -74,6 +74,9 @@ def halo_attention(
       to that precision on every platform (`lax.Precision.HIGHEST`: the default on TPU is bfloat16);
       narrower operands are multiplied as they are and summed in float32.
 
+    Under a mesh (`jax.set_mesh`) with an axis "rows" the devices along it share the rows of the
+    images, in whole blocks, and lend each other halos; the batch is split over the other axes.
+
     Raises:
       ValueError: arguments that do not fit together, each named with what would do.
       NotImplementedError: what the implementation named cannot do, with one that can.
@@ -84,6 +87,7 @@ def halo_attention(
     arrays = {"q": q, "k": k, "v": v, "row_table": row_table, "col_table": col_table}
     _check_arrays(arrays)
     height, width = k.shape[1:3]
+    devices = spatial.row_devices()
     spec = geometry.Spec(
         block=block,
         halo=halo,
@@ -93,7 +97,14 @@ def halo_attention(
         scale_positions=scale_positions,
         height=height,
         width=width,
+        row_devices=devices,
     )
+    if devices > 1 and (height == 0 or height % (devices * block)):
+        raise ValueError(
+            f"{devices} devices (mesh.rows) cannot share height {height} in blocks of {block}, "
+            f"padded or not; the nearest that they can: "
+            f"{max(1, round(height / (devices * block))) * devices * block}"
+        )
     for size, what in ((height, "height"), (width, "width")):
         if size == 0 or not pad_to_blocks:
             geometry.check_blocks(size, block, what)
@@ -107,11 +118,10 @@ def halo_attention(
         raise ValueError(
             f"implementation {implementation!r} is unknown; the known ones are {known}"
         )
-    run = IMPLEMENTATIONS[implementation]
     if not pad_to_blocks:
-        return run(q, k, v, row_table, col_table, spec)
+        return _run(implementation, (q, k, v), (row_table, col_table), spec)
     k, v = _pad(k, spec, spec.block), _pad(v, spec, spec.block)
-    out = run(_pad(q, spec, spec.side), k, v, row_table, col_table, spec)
+    out = _run(implementation, (_pad(q, spec, spec.side), k, v), (row_table, col_table), spec)
     return out[:, : q.shape[1], : q.shape[2]]
 
 
@@ -147,11 +157,45 @@ def default_implementation(
     return [form for least, form in forms if logits >= least][-1]
 
 
+def _run(implementation, maps, tables, spec) -> Float[Array, "n h_q w_q heads d_v"]:
+    """Computes whole blocks, on each device by itself where XLA could not partition it as well."""
+    run, mesh = IMPLEMENTATIONS[implementation], jax.sharding.get_abstract_mesh()
+
+    def part(q, k, v, row_table, col_table):
+        if spec.row_devices > 1:
+            k, v = _with_strips(k, v, spec)
+        return run(q, k, v, row_table, col_table, spec)
+
+    # A kernel, XLA cannot partition at all.
+    alone = mesh.size < 2 or mesh.manual_axes
+    if alone or (spec.row_devices == 1 and implementation != "pallas_tpu"):
+        return part(*maps, *tables)
+    return spatial.on_each_device(part, maps, tables)
+
+
+def _with_strips(
+    k: Float[Array, "n h w heads d_k"], v: Float[Array, "n h w heads d_v"], spec: geometry.Spec
+) -> tuple[Float[Array, "n h2 w heads d_k"], Float[Array, "n h2 w heads d_v"]]:
+    """A device's keys and values between `Spec.strips` rows of blocks, of which halos are filled.
+
+    Beyond the image are zeros.
+    """
+    # One exchange for both; as a layer's projection makes them, they are one array anyway.
+    flat = [x.reshape(*x.shape[:3], -1) for x in (k, v)]
+    kv = spatial.with_neighbours(jnp.concatenate(flat, -1), spec.halo, spec.halo)
+    beyond = spec.strips * spec.block - spec.halo
+    kv = jnp.pad(kv, ((0, 0), (beyond, beyond), (0, 0), (0, 0)))
+    parts = jnp.split(kv, [flat[0].shape[-1]], -1)
+    return tuple(
+        part.reshape(*part.shape[:3], *x.shape[3:]) for part, x in zip(parts, (k, v), strict=True)
+    )
+
+
 def _pad(
     x: Float[Array, "n h w heads d"], spec: geometry.Spec, side: int
 ) -> Float[Array, "n h2 w2 heads d"]:
     """Appends zeros at the bottom and on the right, up to whole blocks of `side` elements."""
-    rows, cols = (blocks * side for blocks in spec.blocks)
+    rows, cols = spec.row_devices * spec.blocks[0] * side, spec.blocks[1] * side
     return jnp.pad(x, ((0, 0), (0, rows - x.shape[1]), (0, cols - x.shape[2]), (0, 0), (0, 0)))
 
 

@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from halonet.ops.geometry import Spec
-from halonet.ops.xla import dot, with_halo
+from halonet.ops.xla import dot, row_windows, rows_inside, with_halo
 
 LANES = 128
 # Rows of a tile in bfloat16. Windows of as many columns, or twice as many, merge with the rows of
@@ -31,7 +31,7 @@ def halo_attention_packed(
     """Computes all images and blocks at once, several heads a product; see `halo_attention`."""
     n, height, width, heads, d_k = k.shape
     d_v, side, window = v.shape[-1], spec.side, spec.window
-    rows, cols = height // spec.block, width // spec.block
+    rows, cols = spec.blocks
     packed = max(p for p in range(1, heads + 1) if heads % p == 0 and fits(p, max(d_k, d_v)))
     groups = heads // packed
     columns = -(-window // TILE_ROWS) * TILE_ROWS
@@ -53,7 +53,7 @@ def halo_attention_packed(
     # Small enough to weigh nothing, and two of them still a finite number.
     nothing = jnp.finfo(dtype).min / 4
     if spec.border == "mask":
-        inside = spec.inside(spec.height)[None, :, None, None, None]
+        inside = rows_inside(spec)[None, :, None, None, None]
         row_logits = jnp.where(inside, row_logits, nothing)
         inside = np.repeat(spec.inside(spec.width), heads, 0)[None, None, :, None, None]
         col_logits = jnp.where(inside, col_logits, nothing)
@@ -72,7 +72,7 @@ def halo_attention_packed(
 
     def windows(x: Float[Array, "n h w heads d"]) -> Float[Array, "n r c g keys lanes"]:
         x = x.reshape(n, height, width, -1)
-        x = with_halo(x, 1, spec.block, spec.halo)
+        x = row_windows(x, spec)
         x = with_halo(x, 3, spec.block, spec.halo, columns)
         x_nrcijl = x.transpose(0, 1, 3, 2, 4, 5)
         x = x_nrcijl.reshape(*blocks, window * columns, groups, -1)

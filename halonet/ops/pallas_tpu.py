@@ -15,11 +15,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from halonet.ops.geometry import Spec
 from halonet.ops.pallas_tpu_kernels import SUBLANES, Layout, backward_kernel, forward_kernel
+from halonet.ops.spatial import ROWS
 
 VMEM = 12 * 2**20  # bytes to plan with: v4 has 16 MiB, and the compiler needs some for itself
 
@@ -34,8 +34,7 @@ def halo_attention_pallas_tpu(
 ) -> Float[Array, "n h_q w_q heads d_v"]:
     """Computes halo attention in a fused kernel; see `halo_attention` for the arguments.
 
-    Where there is no TPU the kernel is interpreted: right, and slow. Under a mesh (`jax.set_mesh`)
-    the batch is split over all devices if they divide it, else each computes all of it.
+    Where there is no TPU the kernel is interpreted: right, and slow.
 
     Raises:
       NotImplementedError: what the kernel has no code for, naming a form that has.
@@ -43,14 +42,7 @@ def halo_attention_pallas_tpu(
     reason = unsupported(spec, k, v)
     if reason:
         raise NotImplementedError(f"pallas_tpu has no {reason}; implementation='xla_packed' has")
-    attend = functools.partial(_attend_in_groups, spec)
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.size > 1 and not mesh.manual_axes:
-        # XLA cannot partition a kernel. Images are independent, so nothing is exchanged.
-        images = PartitionSpec(None if q.shape[0] % mesh.size else mesh.axis_names)
-        specs = (images, images, images, PartitionSpec(), PartitionSpec())
-        attend = jax.shard_map(attend, in_specs=specs, out_specs=images, check_vma=False)
-    return attend(q, k, v, row_table, col_table)
+    return _attend_in_groups(spec, q, k, v, row_table, col_table)
 
 
 def unsupported(spec: Spec, k: Array, v: Array) -> str:
@@ -94,7 +86,8 @@ def _attend(spec, q, k, v, row_table, col_table):
 def _attend_forward(spec, q, k, v, row_table, col_table):
     layout = Layout.of(spec, k, v)
     arguments = (q, k, v, row_table, col_table)
-    blocks, sums = _on_tpu_or_interpreted(_call_forward, layout, *_to_blocks(layout, *arguments))
+    inputs = (*_to_blocks(layout, *arguments), *_first_row(layout))
+    blocks, sums = _on_tpu_or_interpreted(_call_forward, layout, *inputs)
     return _join_queries(layout, blocks, v.shape[-1]), (*arguments, sums)
 
 
@@ -102,7 +95,8 @@ def _attend_backward(spec, residuals, d_out):
     q, k, v, row_table, col_table, sums = residuals
     layout = Layout.of(spec, k, v)
     inputs = (*_to_blocks(layout, q, k, v, row_table, col_table), _cut_queries(layout, d_out))
-    dq, d_kv, d_tables = _on_tpu_or_interpreted(_call_backward, layout, *inputs, sums)
+    inputs = (*inputs, sums, *_first_row(layout))
+    dq, d_kv, d_tables = _on_tpu_or_interpreted(_call_backward, layout, *inputs)
     dk, dv = jnp.split(d_kv.reshape(*k.shape[:3], -1), [layout.c_k], -1)
     d_tables = d_tables.sum(0)[:, : layout.c_k].reshape(2, layout.offsets, layout.heads, -1)
     d_tables = d_tables.sum(2)[:, : row_table.shape[0]].astype(row_table.dtype)
@@ -127,6 +121,13 @@ def _to_blocks(layout: Layout, q, k, v, row_table, col_table) -> tuple[Array, ..
     tables = jnp.tile(tables, (1, layout.heads))
     tables = jnp.pad(tables, ((0, 0), (0, layout.channels - layout.c_k)))
     return _cut_queries(layout, q), kv, tables
+
+
+def _first_row(layout: Layout) -> list[Int[Array, " one"]]:
+    """The row of blocks at which a device's part of the image begins, if it has a part."""
+    if layout.spec.row_devices == 1:
+        return []
+    return [lax.axis_index(ROWS)[None] * layout.rows]
 
 
 def _cut_queries(layout: Layout, x: Float[Array, "n h w heads d"]) -> Float[Array, "n r cols y c"]:
@@ -156,33 +157,34 @@ def _on_tpu_or_interpreted(call, layout: Layout, *arrays: Array):
     )
 
 
-def _call_forward(layout: Layout, q, kv, tables, *, interpret: bool):
+def _call_forward(layout: Layout, q, kv, tables, *first, interpret: bool):
     """Returns the attended values, in blocks, and the logarithms of the sums of the softmax."""
     sums = (q.shape[0], layout.rows, layout.cols, len(layout.units), layout.lanes)
     out = (*q.shape[:-1], layout.channels - layout.c_k)
     return pl.pallas_call(
         functools.partial(forward_kernel, layout),
         grid=(q.shape[0], layout.rows),
-        in_specs=_inputs(layout),
+        in_specs=[*_inputs(layout), *_scalars(first)],
         out_specs=[_strip_of_queries(layout, out[-1]), _strip_of_sums(layout)],
         out_shape=[jax.ShapeDtypeStruct(out, q.dtype), jax.ShapeDtypeStruct(sums, jnp.float32)],
         compiler_params=_compiler_params(),
         interpret=interpret,
         name="halo_attention_forward",
-    )(q, kv, kv, kv, tables)
+    )(q, kv, kv, kv, tables, *first)
 
 
-def _call_backward(layout: Layout, q, kv, tables, d_out, sums, *, interpret: bool):
+def _call_backward(layout: Layout, q, kv, tables, d_out, sums, *first, interpret: bool):
     """Returns the gradients of q, of keys and values, and for each image those of the tables."""
     d_tables = (q.shape[0], *tables.shape)
     window_sums = (3, layout.spec.block, layout.cols, layout.window_cols, layout.channels)
     return pl.pallas_call(
         functools.partial(backward_kernel, layout),
-        grid=(q.shape[0], layout.rows + 1),
+        grid=(q.shape[0], layout.rows + 1 + layout.spec.strips),
         in_specs=[
             *_inputs(layout),
             _strip_of_queries(layout, d_out.shape[-1]),
             _strip_of_sums(layout),
+            *_scalars(first),
         ],
         out_specs=[
             _strip_of_queries(layout, layout.c_k),
@@ -198,11 +200,11 @@ def _call_backward(layout: Layout, q, kv, tables, d_out, sums, *, interpret: boo
         compiler_params=_compiler_params(),
         interpret=interpret,
         name="halo_attention_backward",
-    )(q, kv, kv, kv, tables, d_out, sums)
+    )(q, kv, kv, kv, tables, d_out, sums, *first)
 
 
-# What a grid step reads and writes. The backward pass has one step more than there are strips, and
-# so clamps to the last.
+# What a grid step reads and writes. The backward pass has one step more than there are strips, one
+# more yet where the strip below the last is a neighbour's, and so clamps to the last.
 
 
 def _inputs(layout: Layout) -> list[pl.BlockSpec]:
@@ -213,11 +215,14 @@ def _inputs(layout: Layout) -> list[pl.BlockSpec]:
 
 def _strip(layout: Layout, shift: int) -> pl.BlockSpec:
     """Keys and values of the strip that is `shift` below that of the step."""
-    shape, last = (
-        (1, layout.spec.block, layout.cols, layout.spec.block, layout.channels),
-        layout.rows - 1,
-    )
+    shape = (1, layout.spec.block, layout.cols, layout.spec.block, layout.channels)
+    # The neighbours' strips, one above and one below, where there are any.
+    shift, last = shift + layout.spec.strips, layout.rows + 2 * layout.spec.strips - 1
     return pl.BlockSpec(shape, lambda n, i: (n, jnp.clip(i + shift, 0, last), 0, 0, 0))
+
+
+def _scalars(arrays: tuple[Array, ...]) -> list[pl.BlockSpec]:
+    return [pl.BlockSpec(memory_space=pltpu.SMEM) for _ in arrays]
 
 
 def _strip_of_queries(layout: Layout, channels: int) -> pl.BlockSpec:

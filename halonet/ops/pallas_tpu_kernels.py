@@ -109,7 +109,8 @@ class Layout:
         return [slice(start, end) for start, end in zip(starts, ends, strict=True)]
 
 
-def forward_kernel(layout: Layout, q_ref, above, here, below, tables_ref, out_ref, sums_ref):
+def forward_kernel(layout: Layout, q_ref, above, here, below, tables_ref, *refs):
+    *first, out_ref, sums_ref = refs
     strip, of_keys, of_values = pl.program_id(1), (0, layout.d_k), (layout.c_k, layout.d_v)
 
     @_for_each_block(layout)
@@ -121,7 +122,7 @@ def forward_kernel(layout: Layout, q_ref, above, here, below, tables_ref, out_re
             _dot(layout, with_tables[:, c], q, 1, 1)
             for c, q in zip(layout.registers(*of_keys), q_units, strict=True)
         ]
-        logits = [_to_logits(layout, x, strip, col) for x in products]
+        logits = [_to_logits(layout, x, _row(strip, first), col) for x in products]
         largest = [x.max(0, keepdims=True) for x in logits]
         weights = [jnp.exp(x - m) for x, m in zip(logits, largest, strict=True)]
         totals = [x.sum(0, keepdims=True) for x in weights]
@@ -138,7 +139,7 @@ def forward_kernel(layout: Layout, q_ref, above, here, below, tables_ref, out_re
 def backward_kernel(
     layout: Layout, q_ref, above, here, below, tables_ref, d_out_ref, sums_ref, *refs
 ):
-    dq_ref, d_kv_ref, d_tables_ref, d_windows = refs
+    *first, dq_ref, d_kv_ref, d_tables_ref, d_windows = refs
     strip, of_keys, of_values = pl.program_id(1), (0, layout.d_k), (layout.c_k, layout.d_v)
     k_registers, v_registers = layout.registers(*of_keys), layout.registers(*of_values)
     tables = 2 * layout.offsets
@@ -164,7 +165,7 @@ def backward_kernel(
                 _dot(layout, window[:, c], d, 1, 1)
                 for c, d in zip(v_registers, d_units, strict=True)
             ]
-            logits = [_to_logits(layout, x, strip, col) for x in products]
+            logits = [_to_logits(layout, x, _row(strip, first), col) for x in products]
             weights = [
                 jnp.exp(x - sums_ref[0, 0, col, unit, :][None]) for unit, x in enumerate(logits)
             ]
@@ -194,6 +195,11 @@ def backward_kernel(
     d_windows[done] = jnp.zeros_like(d_windows[done])
 
 
+def _row(strip, first: list):
+    """The row of blocks of a strip in the whole image, of which the device may have a part."""
+    return strip + first[0][0] if first else strip
+
+
 def _for_each_block(layout: Layout):
     """A loop over the blocks of a strip, a few at a time: more for the scheduler to choose from."""
     fitting = max(1, UNITS_AT_ONCE // len(layout.units))
@@ -213,8 +219,10 @@ def _window(layout: Layout, refs, strip, col) -> Float[Array, "keys c"]:
             return rows
         before = above[0, block - halo :, col].astype(jnp.float32)
         after = below[0, :halo, col].astype(jnp.float32)
-        before = jnp.where(strip > 0, before, 0.0)
-        return jnp.concatenate([before, rows, jnp.where(strip < last[0], after, 0.0)])
+        if not layout.spec.strips:
+            before = jnp.where(strip > 0, before, 0.0)
+            after = jnp.where(strip < last[0], after, 0.0)
+        return jnp.concatenate([before, rows, after])
 
     parts = [column(col)]
     if halo:

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from halonet.ops.geometry import Spec
+from halonet.ops.spatial import ROWS
 
 
 def halo_attention_reference(
@@ -32,9 +33,12 @@ def halo_attention_reference(
     wide = jnp.promote_types(dtype, jnp.float32)
     q, k, v, row_table, col_table = (x.astype(wide) for x in (q, k, v, row_table, col_table))
 
-    around = ((0, 0), (halo, halo), (halo, halo), (0, 0), (0, 0))
-    k, v = jnp.pad(k, around), jnp.pad(v, around)
-    row_offset, row_seen = _axis(q.shape[1], k.shape[1], spec.height, spec)
+    # Of the neighbours' rows, where there are any, as many stay as the halo has.
+    above = halo - spec.strips * spec.block
+    around = ((0, 0, 0), (above, above, 0), (halo, halo, 0), (0, 0, 0), (0, 0, 0))
+    k, v = (lax.pad(x, jnp.zeros((), wide), around) for x in (k, v))
+    first = lax.axis_index(ROWS) * q.shape[1] * spec.stride if spec.row_devices > 1 else 0
+    row_offset, row_seen = _axis(q.shape[1], k.shape[1], spec.height, spec, first)
     col_offset, col_seen = _axis(q.shape[2], k.shape[2], spec.width, spec)
 
     # Letters: y, x of the query; i, j of the key; a head; d channel.
@@ -49,22 +53,26 @@ def halo_attention_reference(
     return dot("nayxij,nijad->nyxad", weights, v).astype(dtype)
 
 
-def _axis(queries: int, padded: int, size: int, spec: Spec) -> tuple[np.ndarray, np.ndarray]:
+def _axis(
+    queries: int, padded: int, size: int, spec: Spec, first: int | Int[Array, ""] = 0
+) -> tuple[np.ndarray, Bool[Array | np.ndarray, "queries padded"]]:
     """Returns, along one axis, each (query, key) pair's table row and whether the query sees it.
 
     There are `padded` keys: those of whole blocks, of which the image has `size`, and two halos.
+    The queries begin at pixel `first` of the image.
     """
     block, halo = spec.block, spec.halo
     query = spec.stride * np.arange(queries)[:, None]
     key = np.arange(padded)[None, :] - halo
     start = query // block * block
     seen = (start - halo <= key) & (key < start + block + halo)
-    if spec.border == "mask":
-        seen &= (key >= 0) & (key < size)
     if spec.positions == "exact":
         row = key - query + block + halo - 1
     else:
         nth_query, nth_key = (query - start) // spec.stride, key - (start - halo)
         row = nth_key - nth_query + block + 2 * halo - 1
     # Pairs that are not seen have no row of their own; any will do.
-    return np.where(seen, row, 0), seen
+    row = np.where(seen, row, 0)
+    if spec.border == "mask":
+        seen = seen & (key + first >= 0) & (key + first < size)
+    return row, seen

@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from halonet.ops.geometry import Spec
-from halonet.ops.xla import dot, with_halo
+from halonet.ops.xla import dot, row_windows, rows_inside, with_halo
 
 # Logits, keys and values that exist at a time, in elements. In float32 these are 2.5 MiB, about the
 # second-level caches of two cores; times change by a tenth between half and twice as many.
@@ -141,7 +141,7 @@ def _position_logits(
         # Small enough to weigh nothing, and two of them still a finite number.
         nothing = jnp.finfo(row_biyx.dtype).min / 4
         of_block = (q.shape[0], *spec.blocks, q.shape[3], *row_biyx.shape[1:])  # n r c a window y x
-        inside = spec.inside(spec.height)[:, None, None, :, None, None]
+        inside = rows_inside(spec)[:, None, None, :, None, None]
         row_biyx = jnp.where(inside, row_biyx.reshape(of_block), nothing)
         inside = spec.inside(spec.width)[:, None, :, None, None]
         col_bjyx = jnp.where(inside, col_bjyx.reshape(of_block), nothing)
@@ -163,7 +163,7 @@ def _logits(
 
 def _rows(x: Float[Array, "n h w heads d"], spec: Spec) -> Float[Array, "r window w heads d"]:
     """Cuts images into rows of blocks, each with its halo above and below."""
-    x = with_halo(x, 1, spec.block, spec.halo)
+    x = row_windows(x, spec)
     return x.reshape(-1, *x.shape[2:])
 
 

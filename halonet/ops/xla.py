@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from halonet.ops.geometry import Spec
+from halonet.ops.spatial import ROWS
 
 
 def halo_attention_shift(
@@ -37,12 +38,11 @@ def _strips(
 ) -> tuple[
     Float[Array, "n rows side w_q heads d_k"],
     Float[Array, "n rows window w heads d_kv"],
-    Bool[np.ndarray, "rows window"],
+    Bool[Array | np.ndarray, "rows window"],
 ]:
     """Cuts images into rows of blocks: queries, keys and values with halo, what is inside."""
     queries = q.reshape(q.shape[0], q.shape[1] // spec.side, spec.side, *q.shape[2:])
-    keys_values = with_halo(jnp.concatenate([k, v], -1), 1, spec.block, spec.halo)
-    return queries, keys_values, spec.inside(spec.height)
+    return queries, row_windows(jnp.concatenate([k, v], -1), spec), rows_inside(spec)
 
 
 def _attend_strip(
@@ -108,6 +108,21 @@ def dot(subscripts: str, x: Array, y: Array) -> Array:
         precision=lax.Precision.HIGHEST if x.dtype.itemsize >= 4 else lax.Precision.DEFAULT,
         preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
     )
+
+
+def row_windows(x: Float[Array, "n h w *c"], spec: Spec) -> Float[Array, "n rows window w *c"]:
+    """Cuts images into rows of blocks, each with its halo above and below."""
+    windows = with_halo(x, 1, spec.block, spec.halo)
+    return windows[:, spec.strips : windows.shape[1] - spec.strips]
+
+
+def rows_inside(spec: Spec) -> Bool[Array | np.ndarray, "rows window"]:
+    """Which rows of the window of each row of blocks lie inside the image."""
+    inside = spec.inside(spec.height)
+    if spec.row_devices == 1:
+        return inside
+    first = lax.axis_index(ROWS) * spec.blocks[0]
+    return lax.dynamic_slice_in_dim(jnp.asarray(inside), first, spec.blocks[0])
 
 
 def with_halo(x: Array, axis: int, block: int, halo: int, length: int | None = None) -> Array:
