@@ -103,8 +103,9 @@ def get_config() -> ConfigDict:
     config.checkpoint.keep_best = 1  # checkpoints of the highest eval/top1 kept beside them
 
     config.mesh = ConfigDict()
-    config.mesh.data = 0  # devices over which only the batch is split; 0: all that fsdp leaves
+    config.mesh.data = 0  # devices over which only the batch is split; 0: all that others leave
     config.mesh.fsdp = 1  # devices over which parameters are split too
+    config.mesh.rows = 1  # devices that share each image, a part of its rows on each of them
 
     config.log = ConfigDict()
     config.log.every_steps = 50  # steps between rows of metrics

@@ -72,6 +72,7 @@ ADDED = {
     "optim.base_batch": 0,
     "optim.floor": 0.0,
     "optim.decay_tables": False,
+    "mesh.rows": 1,
 }
 
 
@@ -187,7 +188,7 @@ def check_values(config: ConfigDict) -> None:
         *("model.bn_group", "data.image_size", "data.batch_size", "optim.learning_rate"),
         *("eval.every_steps", "eval.batch_size", "checkpoint.every_steps"),
         *("checkpoint.keep_latest", "log.every_steps", "augment.repeats", "train.accumulate"),
-        "augment.erase_attempts",
+        *("augment.erase_attempts", "mesh.rows"),
     )
     for key, value in flat.items():
         if isinstance(value, float) and not math.isfinite(value):
@@ -282,15 +283,15 @@ def validate(config: ConfigDict, *, num_classes: int) -> HaloNet:
         model.check_fields()
     except ValueError as error:
         raise ConfigError(f"config.model: {error}") from error
-    check_image_size(model, config.data.image_size)
-    batch, parts = config.data.batch_size, config.train.accumulate
-    check_devices("data.batch_size", batch, config.model.bn_group, parts)
+    check_image_size(model, config.data.image_size, config.mesh.rows)
+    batch, parts, rows = config.data.batch_size, config.train.accumulate, config.mesh.rows
+    check_devices("data.batch_size", batch, config.model.bn_group, parts, rows)
     if batch % config.augment.repeats:
         repeats = config.augment.repeats
         raise ConfigError(
             f"config.augment.repeats={repeats} does not divide config.data.batch_size={batch}"
         )
-    check_devices("eval.batch_size", config.eval.batch_size)
+    check_devices("eval.batch_size", config.eval.batch_size, rows=rows)
     return model
 
 
@@ -355,24 +356,31 @@ def model_overrides(config: ConfigDict) -> dict[str, Any]:
     return {key: value for key, value in fields.items() if value != AS_NAMED.get(key, value)}
 
 
-def check_image_size(model: HaloNet, size: int) -> None:
-    """Refuses images that the model's blocks do not divide."""
+def check_image_size(model: HaloNet, size: int, rows: int = 1) -> None:
+    """Refuses images that the model's blocks do not divide, or `rows` devices cannot share."""
     try:
         model.check_image_size(size, size)
+        model.check_row_devices(size, rows)
     except ValueError as error:
         raise ConfigError(f"config.data.image_size={size}: {error}") from error
 
 
-def check_devices(key: str, batch_size: int, bn_group: int = 1, parts: int = 1) -> None:
-    """Refuses a batch that devices cannot share in parts of whole groups of batch-norm examples."""
-    devices = jax.device_count()
+def check_devices(
+    key: str, batch_size: int, bn_group: int = 1, parts: int = 1, rows: int = 1
+) -> None:
+    """Refuses a batch that devices cannot share in parts of whole groups of batch-norm examples.
+
+    Each image is of `rows` devices, a number that divides all of them or is refused elsewhere.
+    """
+    devices = max(1, jax.device_count() // rows)
     unit = devices * bn_group * parts
     if batch_size % unit:
         groups = f" in groups of config.model.bn_group={bn_group}" if bn_group > 1 else ""
         pieces = f", {parts} parts each (config.train.accumulate)" if parts > 1 else ""
+        each = f" times {rows} (config.mesh.rows)" if rows > 1 else ""
         raise ConfigError(
-            f"config.{key}={batch_size} cannot be shared by {devices} devices{pieces}{groups}; "
-            f"the nearest that can: {max(1, round(batch_size / unit)) * unit}"
+            f"config.{key}={batch_size} cannot be shared by {devices}{each} devices{pieces}"
+            f"{groups}; the nearest that can: {max(1, round(batch_size / unit)) * unit}"
         )
 
 

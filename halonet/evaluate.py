@@ -64,7 +64,7 @@ def make_mesh(config: ConfigDict) -> jax.sharding.Mesh:
       ConfigError: where it does not fit the devices.
     """
     try:
-        return sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
+        return sharding.make_mesh(**config.mesh)
     except ValueError as error:
         raise ConfigError(f"config.{error}") from error
 
@@ -111,7 +111,7 @@ def eval_batches(
         threads=config.data.threads,
         workers=config.data.workers,
     )
-    return device.Prefetcher(batches, sharding.batch_sharding(mesh))
+    return device.Prefetcher(batches, functools.partial(sharding.batch_sharding, mesh))
 
 
 def evaluate(eval_step: Callable, variables: dict[str, Any], batches: Iterable) -> dict[str, float]:
@@ -252,7 +252,7 @@ def evaluate_checkpoint(
         if name not in SUITES:
             raise ConfigError(f"--evaluate.suites: {name!r} is not one of {', '.join(SUITES)}")
     mesh = make_mesh(config)
-    check_devices("eval.batch_size", config.eval.batch_size)
+    check_devices("eval.batch_size", config.eval.batch_size, rows=config.mesh.rows)
     # All are opened before any is scored: what is missing is known at once.
     found = {"": open_split(config, config.data.eval_split)}
     found |= {
@@ -269,7 +269,7 @@ def evaluate_checkpoint(
     for name, source in found.items():
         data = f"--evaluate.suites={name}" if name else f"config.data.name={config.data.name}"
         _check_classes(run.classes, source.classes, where, data)
-    check_image_size(run.model, config.data.image_size)
+    check_image_size(run.model, config.data.image_size, config.mesh.rows)
     # Seen and normalised as by the run, whatever data it is scored on.
     config = with_view_of(config, run.config, chosen)
     suite_step = make_suite_step(run.model, run.config, mesh)

@@ -82,9 +82,12 @@ class FiniteCheck:
 # What the memory of a step depends on, and what would need less of it, by the key of its batch.
 _NEEDS = {
     "data.batch_size": (
-        ("data.image_size", "train.accumulate", "model.remat", "model.dtype", "mesh.fsdp"),
+        (
+            *("data.image_size", "train.accumulate", "model.remat", "model.dtype"),
+            *("mesh.fsdp", "mesh.rows"),
+        ),
         "a smaller batch needs less, or train.accumulate=2 and up, model.remat=block, "
-        "model.dtype=bfloat16, more devices; mesh.fsdp splits the parameters",
+        "model.dtype=bfloat16, more devices; mesh.fsdp splits the parameters, mesh.rows the images",
     ),
     "eval.batch_size": (
         ("data.image_size", "model.dtype"),
@@ -101,7 +104,7 @@ def explained(
 
     Args:
       settings: keys of the configuration, with dots, to values.
-      devices: that share a batch.
+      devices: that share a batch, and each image if `mesh.rows` says so.
       params: the model's, or their abstract shapes.
       batch: the key of the batch's size: "data.batch_size" in training, or "eval.batch_size".
 
@@ -114,10 +117,12 @@ def explained(
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         count = sum(leaf.size for leaf in jax.tree.leaves(params))
-        size, (names, advice) = settings[batch], _NEEDS[batch]
+        size, rows, (names, advice) = settings[batch], settings["mesh.rows"], _NEEDS[batch]
         line = (str(error).splitlines() or ["MemoryError"])[0][:300]
+        each = f" times {rows}" if rows > 1 else ""
         raise OutOfMemory(
-            f"not enough memory for config.{batch}={size}, {size // devices} on each of "
-            f"{devices} devices, with {', '.join(f'{name}={settings[name]}' for name in names)} "
-            f"and {count:,} parameters; {advice} ({line})"
+            f"not enough memory for config.{batch}={size}, {size * rows // devices} on each of "
+            f"{devices // rows}{each} devices, with "
+            f"{', '.join(f'{name}={settings[name]}' for name in names)} and {count:,} parameters; "
+            f"{advice} ({line})"
         ) from error

@@ -58,7 +58,7 @@ def train_step(
         mixing=_mixing(config),
         seed=config.seed,
         accumulate=config.train.accumulate,
-        shares=mesh.size,
+        shares=mesh.size // mesh.shape["rows"],
         skip_nonfinite=config.train.skip_nonfinite > 0,
     )
 
@@ -66,9 +66,13 @@ def train_step(
 def abstract_batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """The shapes of a global training batch, as the pipeline makes it."""
     n, size = config.data.batch_size, config.data.image_size
-    shape = functools.partial(jax.ShapeDtypeStruct, sharding=sharding.batch_sharding(mesh))
-    batch = {"image": shape((n, size, size, 3), "uint8"), "label": shape((n,), "int32")}
-    return batch | ({"damaged": shape((n,), "int32")} if config.data.damaged == "skip" else {})
+
+    def array(shape: tuple[int, ...], dtype: str) -> jax.ShapeDtypeStruct:
+        where = sharding.batch_sharding(mesh, len(shape))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+    batch = {"image": array((n, size, size, 3), "uint8"), "label": array((n,), "int32")}
+    return batch | ({"damaged": array((n,), "int32")} if config.data.damaged == "skip" else {})
 
 
 def _loss(config: ConfigDict) -> Callable:

@@ -1,8 +1,9 @@
 """The device mesh and how arrays lie on it.
 
-One mesh with two axes. The batch is split over both; parameters, optimizer state and averages are
-replicated over "data" and split over "fsdp", which costs gathers in each step and saves their
-memory. The same code runs on one device or on a pod: only the mesh's shape differs.
+One mesh with three axes. The batch is split over "data" and "fsdp", and the rows of each image over
+"rows"; parameters, optimizer state and averages are split over "fsdp" alone, which costs gathers in
+each step and saves their memory. The same code runs on one device or on a pod: only the mesh's
+shape differs.
 """
 
 from __future__ import annotations
@@ -12,33 +13,54 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 # Below this many elements an array is replicated: gathering it would cost more than it saves.
 MIN_SHARDED_SIZE = 4096
 
 
-def make_mesh(*, data: int = 0, fsdp: int = 1) -> Mesh:
-    """A mesh of all devices with the axes "data" and "fsdp".
+def make_mesh(*, data: int = 0, fsdp: int = 1, rows: int = 1) -> Mesh:
+    """A mesh of all devices with the axes "data", "fsdp" and "rows".
 
     Args:
-      data: devices along "data"; 0 takes all that "fsdp" leaves.
+      data: devices along "data"; 0 takes all that the others leave.
       fsdp: devices along "fsdp".
+      rows: devices along "rows", neighbours in the machine; those of an image are of one process.
 
     Raises:
-      ValueError: where the two do not multiply to the number of devices.
+      ValueError: where the three do not multiply to the number of devices, or `rows` does not
+        divide the devices of a process.
     """
-    count = jax.device_count()
-    if fsdp < 1 or count % fsdp or (data and data * fsdp != count):
-        divisors = [d for d in range(1, count + 1) if count % d == 0]
+    count, local = jax.device_count(), jax.local_device_count()
+    if rows < 1 or local % rows:
         raise ValueError(
-            f"mesh.data={data} x mesh.fsdp={fsdp} does not fit {count} devices; mesh.fsdp can be "
-            f"one of {divisors}, and mesh.data=0 takes the rest"
+            f"mesh.rows={rows} does not divide the {local} devices of a process, which reads whole "
+            f"images; mesh.rows can be one of {_divisors(local)}"
         )
+    images = count // rows
+    if fsdp < 1 or images % fsdp or (data and data * fsdp != images):
+        raise ValueError(
+            f"mesh.data={data} x mesh.fsdp={fsdp} x mesh.rows={rows} does not fit {count} devices; "
+            f"mesh.fsdp can be one of {_divisors(images)}, and mesh.data=0 takes the rest"
+        )
+    shape, names = (images // fsdp, fsdp, rows), ("data", "fsdp", "rows")
     # Auto axes: XLA places the collectives. (make_mesh's default, Explicit, breaks Flax's Conv.)
-    return jax.make_mesh(
-        (count // fsdp, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto)
-    )
+    types = (AxisType.Auto,) * 3
+    if rows == 1:
+        return jax.make_mesh(shape, names, axis_types=types)
+    # Each process's devices by themselves: over all of them, rows might lie along an axis of the
+    # machine that leads from one process to the next.
+    of_process = [
+        mesh_utils.create_device_mesh((local // rows, rows), jax.local_devices(process))
+        for process in range(jax.process_count())
+    ]
+    return Mesh(np.concatenate(of_process).reshape(shape), names, axis_types=types)
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
 
 
 def seeing(mesh: Mesh, function: Callable) -> Callable:
@@ -56,9 +78,10 @@ def seeing(mesh: Mesh, function: Callable) -> Callable:
     return traced
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Examples split over all devices."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+def batch_sharding(mesh: Mesh, ndim: int = 1) -> NamedSharding:
+    """Examples split over the devices; of images, whose array has four dimensions, rows too."""
+    examples = ("data", "fsdp")
+    return NamedSharding(mesh, PartitionSpec(examples, *["rows"] * (ndim == 4)))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

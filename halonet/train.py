@@ -179,13 +179,14 @@ def train_and_evaluate(
                 threads=config.data.threads,
                 workers=config.data.workers,
             ),
-            sharding.batch_sharding(mesh),
+            functools.partial(sharding.batch_sharding, mesh),
         )
         closing.callback(batches.close)
+        abstract_batch = recipe.abstract_batch(config, mesh)
         train_step = jax.jit(
             recipe.train_step(config, model, tx, schedule, mesh),
             donate_argnums=0,
-            in_shardings=(shardings, sharding.batch_sharding(mesh)),
+            in_shardings=(shardings, jax.tree.map(lambda x: x.sharding, abstract_batch)),
             out_shardings=(shardings, sharding.replicated(mesh)),
         )
         eval_step = evaluate_lib.make_eval_step(model, config, mesh)
@@ -268,7 +269,7 @@ def train_and_evaluate(
         watchdog.at("compiling the step")
         progress.say("compiling the step (kept for later starts)")
         started = time.perf_counter()
-        train_step = train_step.lower(state, recipe.abstract_batch(config, mesh)).compile()
+        train_step = train_step.lower(state, abstract_batch).compile()
         seconds = time.perf_counter() - started
         progress.say(f"compiled the step in {seconds:.0f} s")
         progress.pause(seconds)

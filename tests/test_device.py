@@ -14,7 +14,8 @@ from halonet.data import device
 def sharding():
     devices = np.array(jax.devices()).reshape(4, 2)
     assert devices.size == 8
-    return NamedSharding(Mesh(devices, ("data", "fsdp")), PartitionSpec(("data", "fsdp")))
+    mesh = Mesh(devices, ("data", "fsdp"))
+    return lambda ndim: NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
 def batch(number):

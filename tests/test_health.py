@@ -66,11 +66,16 @@ def test_want_of_memory_is_told_with_what_needs_it(error):
     assert str(info.value) == (
         f"not enough memory for config.data.batch_size={batch}, {batch // 8} on each of 8 devices, "
         f"with data.image_size={size}, train.accumulate=1, model.remat=none, model.dtype=float32, "
-        "mesh.fsdp=1 and 1,500 parameters; a smaller batch needs less, or train.accumulate=2 and "
-        "up, model.remat=block, model.dtype=bfloat16, more devices; mesh.fsdp splits the "
-        f"parameters ({first})"
+        "mesh.fsdp=1, mesh.rows=1 and 1,500 parameters; a smaller batch needs less, or "
+        "train.accumulate=2 and up, model.remat=block, model.dtype=bfloat16, more devices; "
+        f"mesh.fsdp splits the parameters, mesh.rows the images ({first})"
     )
     assert info.value.exit_code == 7
+    with (
+        pytest.raises(health.OutOfMemory, match=rf"{batch // 2} on each of 2 times 4 devices"),
+        health.explained(settings | {"mesh.rows": 4}, 8, params),
+    ):
+        raise error
 
 
 def test_evaluation_is_told_what_it_can_change():

@@ -26,7 +26,8 @@ TABLE = {
     "halonet": ("models run ops.halo_attention", "", ""),
     "halonet.ops": ("ops", "jax numpy", ""),
     "halonet.models": (
-        "ops.halo_attention ops.table_size ops.BORDERS ops.IMPLEMENTATIONS ops.POSITIONS models",
+        "ops.halo_attention ops.table_size ops.BORDERS ops.IMPLEMENTATIONS ops.POSITIONS "
+        "ops.on_each_device ops.row_devices ops.with_neighbours models",
         "flax jax numpy",
         "",
     ),
@@ -45,7 +46,7 @@ TABLE = {
     "halonet.data.prepare": ("data", "PIL numpy", "google tensorflow tensorflow_datasets"),
     "halonet.data.sources": ("data", "PIL numpy", "google tensorflow_datasets"),
     "halonet.optim": ("", "jax optax", ""),
-    "halonet.sharding": ("", "jax", ""),
+    "halonet.sharding": ("", "jax numpy", ""),
     "halonet.checkpoint": ("files", "jax orbax", ""),
     "halonet.health": ("sharding steps", "jax numpy", ""),
     # One function that several of the rest need.

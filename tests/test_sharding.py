@@ -19,9 +19,34 @@ COLLECTIVES = re.compile(
 
 
 def test_the_mesh_takes_all_devices():
-    assert dict(sharding.make_mesh().shape) == {"data": 8, "fsdp": 1}
-    assert dict(sharding.make_mesh(fsdp=4).shape) == {"data": 2, "fsdp": 4}
-    assert dict(sharding.make_mesh(data=4, fsdp=2).shape) == {"data": 4, "fsdp": 2}
+    for asked, found in (
+        ({}, (8, 1, 1)),
+        ({"fsdp": 4}, (2, 4, 1)),
+        ({"data": 4, "fsdp": 2}, (4, 2, 1)),
+        ({"rows": 4}, (2, 1, 4)),
+        ({"data": 2, "fsdp": 2, "rows": 2}, (2, 2, 2)),
+    ):
+        mesh = sharding.make_mesh(**asked)
+        assert dict(mesh.shape) == dict(zip(("data", "fsdp", "rows"), found, strict=True))
+
+
+def test_the_devices_of_an_image_are_of_one_process_and_side_by_side():
+    ids = [[device.id for device in rows] for rows in sharding.make_mesh(rows=4).devices[:, 0]]
+    assert ids == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+@pytest.mark.parametrize("rows", [0, 3, 16])
+def test_rows_that_do_not_divide_the_devices_of_a_process_are_refused(rows):
+    message = rf"mesh.rows={rows} does not divide the 8 devices of a process.* \[1, 2, 4, 8\]"
+    with pytest.raises(ValueError, match=message):
+        sharding.make_mesh(rows=rows)
+
+
+def test_images_lie_by_rows_and_labels_do_not():
+    mesh = sharding.make_mesh(rows=4)
+    assert sharding.batch_sharding(mesh, 4).shard_shape((4, 8, 8, 3)) == (2, 2, 8, 3)
+    assert sharding.batch_sharding(mesh, 1).shard_shape((4,)) == (2,)
+    assert sharding.batch_sharding(mesh, 2).shard_shape((4, 8)) == (2, 8)
 
 
 def test_what_is_compiled_for_a_mesh_finds_it():
@@ -44,7 +69,8 @@ def test_what_is_compiled_for_a_mesh_finds_it():
 
 @pytest.mark.parametrize(("data", "fsdp"), [(3, 1), (8, 2), (0, 3), (0, 0)])
 def test_a_mesh_that_does_not_fit_is_refused(data, fsdp):
-    message = rf"mesh.data={data} x mesh.fsdp={fsdp} does not fit 8 devices; .* \[1, 2, 4, 8\]"
+    asked = f"mesh.data={data} x mesh.fsdp={fsdp} x mesh.rows=1"
+    message = rf"{asked} does not fit 8 devices; .* \[1, 2, 4, 8\]"
     with pytest.raises(ValueError, match=message):
         sharding.make_mesh(data=data, fsdp=fsdp)
 

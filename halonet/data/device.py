@@ -14,8 +14,7 @@ class Prefetcher:
     Args:
       iterator: batches of this process: its contiguous share of each global batch. Its arrays
         become read-only, for the transfer goes on reading them.
-      sharding: how the leading axis is laid over the devices of all processes; it must suit arrays
-        of any rank from 1 on, as NamedSharding(mesh, PartitionSpec(axes)) does.
+      sharding: how an array of so many dimensions is laid over the devices of all processes.
       depth: how many batches are on the way or on the devices, the one asked for included.
 
     `wait_seconds` is the time spent so far in waiting for the host's batches. Reading it does not
@@ -26,7 +25,7 @@ class Prefetcher:
     def __init__(
         self,
         iterator: collections.abc.Iterator[dict[str, np.ndarray]],
-        sharding: jax.sharding.Sharding,
+        sharding: collections.abc.Callable[[int], jax.sharding.Sharding],
         depth: int = 2,
     ):
         if depth < 1:
@@ -70,4 +69,4 @@ class Prefetcher:
         # The transfer is still reading this buffer after the call, and on the CPU the device array
         # may be this buffer. Whoever fills it again now gets an error instead of wrong images.
         array.flags.writeable = False
-        return jax.make_array_from_process_local_data(self._sharding, array)
+        return jax.make_array_from_process_local_data(self._sharding(array.ndim), array)

@@ -10,7 +10,14 @@ from jaxtyping import Array, Float
 
 from halonet.models.attention import HaloAttention
 from halonet.models.hybrids import EfficientChannelAttention, LambdaLayer, SqueezeExcite
-from halonet.models.layers import BatchNorm, Conv1x1, average_pool, he_normal, matmul_precision
+from halonet.models.layers import (
+    BatchNorm,
+    Conv1x1,
+    average_pool,
+    convolution,
+    he_normal,
+    matmul_precision,
+)
 
 KINDS = {"c": "convolution", "h": "halo attention", "b": "global attention", "l": "lambda layer"}
 ACTIVATIONS = {"relu": nn.relu, "silu": nn.silu}
@@ -158,6 +165,7 @@ class BottleneckBlock(nn.Module):
                 use_bias=False,
                 kernel_init=he_normal,
                 precision=matmul_precision(self.dtype),
+                conv_general_dilated=convolution,
                 name="conv2",
                 **dtypes,
             )(x)

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 from halonet.models.attention import DOWNSAMPLES
 from halonet.models.block import (
     ACTIVATIONS,
+    KINDS,
     REMATS,
     BlockShape,
     BottleneckBlock,
@@ -32,10 +33,11 @@ from halonet.models.layers import (
     BatchNorm,
     Conv1x1,
     HalvingConv,
+    convolution,
     he_normal,
     matmul_precision,
 )
-from halonet.models.pool import max_pool
+from halonet.models.pool import max_pool, max_pool_zeros
 from halonet.ops import BORDERS, IMPLEMENTATIONS, POSITIONS
 
 STEM_POOLS = ("none", "max", "max_zeros")
@@ -240,6 +242,44 @@ class HaloNet(nn.Module):
                     f"work: {nearest}; with pad_to_blocks any size does"
                 )
 
+    def check_row_devices(self, height: int, devices: int) -> None:
+        """Raises ValueError unless so many devices can share the rows of all maps, in whole blocks.
+
+        Args:
+          height: of images, in pixels; one that `check_image_size` takes.
+          devices: along the mesh axis "rows".
+        """
+        if devices == 1:
+            return
+        # Of each stage, what its devices cannot divide further, in pixels of the image.
+        stride, units = self.stem_stride, []
+        for stage, blocks in enumerate(self.stages(), start=1):
+            for block in blocks:
+                if block.kind in "bl":
+                    raise ValueError(
+                        f"mesh.rows={devices}, but stage {stage} has {KINDS[block.kind]}, of which "
+                        "every pixel needs the whole map: mesh.rows can be 1"
+                    )
+                if block.kind == "h":
+                    units.append((stride * self.block_size, f"rows of blocks of stage {stage}"))
+                stride *= block.stride
+                units.append((stride, f"rows of the maps of stage {stage}"))
+        for unit, what in units:
+            if height % (unit * devices):
+                can = [
+                    number
+                    for number in range(1, height + 1)
+                    if number == 1 or not any(height % (unit * number) for unit, _ in units)
+                ]
+                least = math.lcm(*(unit for unit, _ in units)) * devices
+                below = height // least * least
+                sizes = f"{below} or {below + least}" if below else f"{least}"
+                raise ValueError(
+                    f"mesh.rows={devices} does not divide the {what}, {-(-height // unit)}; for "
+                    f"{height} pixels mesh.rows can be {' or '.join(map(str, can))}, and with "
+                    f"mesh.rows={devices} an image can have {sizes} pixels"
+                )
+
     def check_fields(self) -> None:
         """Raises ValueError where an attribute makes no sense or some do not fit together."""
         choices = {
@@ -376,6 +416,7 @@ class HaloNet(nn.Module):
                     use_bias=False,
                     kernel_init=he_normal,
                     precision=matmul_precision(self.dtype),
+                    conv_general_dilated=convolution,
                     name=name,
                     **dtypes,
                 )(x)
@@ -383,10 +424,7 @@ class HaloNet(nn.Module):
             x = ACTIVATIONS[self.activation](x)
         if self.stem_pool == "none":
             return x
-        if self.stem_pool == "max":
-            return max_pool(x)
-        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        return nn.max_pool(x, (3, 3), strides=(2, 2))
+        return max_pool(x) if self.stem_pool == "max" else max_pool_zeros(x)
 
 
 def _of_stage(ratio: float | Sequence[float], stage: int) -> float:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from halonet.ops import on_each_device, row_devices, with_neighbours
 
 # He's initialisation with fan-in, as in the BoTNet authors' code (shared authors; HaloNet's own
 # is unpublished).
@@ -26,9 +29,13 @@ def matmul_precision(dtype: jax.typing.DTypeLike) -> jax.lax.Precision:
 
 def average_pool(x: Float[Array, "n h w c"], size: int) -> Float[Array, "n h2 w2 c"]:
     """Averages squares of `size` pixels; at the end of an odd map, what there is of one."""
-    ends = [(0, -length % size) for length in x.shape[1:3]]
-    window = (size, size)
-    return nn.avg_pool(x, window, strides=window, padding=ends, count_include_pad=False)
+
+    def pool(x: Array) -> Array:
+        ends = [(0, -length % size) for length in x.shape[1:3]]
+        window = (size, size)
+        return nn.avg_pool(x, window, strides=window, padding=ends, count_include_pad=False)
+
+    return pool(x) if row_devices() == 1 else on_each_device(pool, (x,), ())
 
 
 @jax.custom_vjp
@@ -56,6 +63,15 @@ narrow_product.defvjp(_narrow_forward, _narrow_backward)
 
 def product1x1(x: Float[Array, "n h w c"], kernel: Float[Array, "c f"]) -> Array:
     """A 1x1 convolution as a matrix product, in the dtype of x: (N, H, W, C) -> (N, H, W, F)."""
+    # Flat as a whole, images that devices share both by number and by rows would be gathered.
+    return (
+        on_each_device(_product1x1, (x,), (kernel,))
+        if row_devices() > 1
+        else _product1x1(x, kernel)
+    )
+
+
+def _product1x1(x: Float[Array, "n h w c"], kernel: Float[Array, "c f"]) -> Array:
     *pixels, channels = x.shape
     # Flat, because XLA's CPU backend transposes a whole activation for the kernel's gradient where
     # it has to contract three axes; one it contracts in place, at twice the speed.
@@ -102,6 +118,35 @@ class Conv1x1(nn.Module):
         return product1x1(x.astype(self.dtype), kernel)
 
 
+def convolution(
+    x: Float[Array, "n h w c"],
+    kernel: Float[Array, "size size2 c2 f"],
+    window_strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    **options: Any,
+) -> Float[Array, "n h2 w2 f"]:
+    """`jax.lax.conv_general_dilated`, also of images whose rows several devices share.
+
+    There `padding` of the rows is that of a map of rounded-up halves: half of the kernel's size on
+    the first side, and what the stride needs on the other. Kernels are not dilated.
+    """
+    options |= {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+
+    def convolve(x: Array, kernel: Array, rows: tuple[int, int]) -> Array:
+        around = (rows, padding[1])
+        return jax.lax.conv_general_dilated(x, kernel, window_strides, around, **options)
+
+    if row_devices() == 1:
+        return convolve(x, kernel, padding[0])
+    above = padding[0][0]
+    below = max(0, kernel.shape[0] - above - window_strides[0])
+
+    def part(x: Array, kernel: Array) -> Array:
+        return convolve(with_neighbours(x, above, below), kernel, (0, 0))
+
+    return on_each_device(part, (x,), (kernel,))
+
+
 class HalvingConv(nn.Module):
     """A convolution of stride 2 over few channels: (N, H, W, C) -> (N, H/2, W/2, features).
 
@@ -135,12 +180,11 @@ class HalvingConv(nn.Module):
         rows, cols = x.shape[1] // 2, x.shape[2] // 2
         x = x.reshape(n, rows, 2, cols, 2, channels).transpose(0, 1, 3, 2, 4, 5)
         around = (before, squares - 1 - before)
-        return jax.lax.conv_general_dilated(
+        return convolution(
             x.reshape(n, rows, cols, 4 * channels),
             kernel,
             window_strides=(1, 1),
             padding=(around, around),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
             precision=matmul_precision(self.dtype),
         )
 

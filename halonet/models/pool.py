@@ -7,14 +7,38 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from halonet.ops import on_each_device, row_devices, with_neighbours
+
+
+def max_pool(x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c"]:
+    """Takes the largest of 3x3 pixels around every second pixel; odd sizes are rounded up."""
+    if row_devices() == 1:
+        return _max_pool(x)
+    # Two rows, so that windows begin where they do in the whole: one of them is of the neighbour.
+    return on_each_device(
+        lambda x: _max_pool(with_neighbours(x, 2, 0, outside=-jnp.inf))[:, 1:], (x,), ()
+    )
+
+
+def max_pool_zeros(x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c"]:
+    """The same of a map with zeros around it, which take part; odd sizes are rounded up."""
+
+    def pool(x: Array, rows: tuple[int, int]) -> Array:
+        x = jnp.pad(x, ((0, 0), rows, (1, 1), (0, 0)))
+        return nn.max_pool(x, (3, 3), strides=(2, 2))
+
+    if row_devices() == 1:
+        return pool(x, (1, 1))
+    return on_each_device(lambda x: pool(with_neighbours(x, 1, 0), (0, 0)), (x,), ())
+
 
 def _pool(x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c"]:
     return nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
 
 
 @jax.custom_vjp
-def max_pool(x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c"]:
-    """Takes the largest of 3x3 pixels around every second pixel; odd sizes are rounded up.
+def _max_pool(x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c"]:
+    """The pool of a whole map.
 
     The gradient goes to the first of equal pixels, as XLA's own does. On a CPU, XLA scatters it one
     element at a time; there it is put together from the nine places of a window, in half the time.
@@ -33,7 +57,7 @@ def _backward(residuals: tuple[Array, Array], d_out: Array) -> tuple[Array]:
     return (jax.lax.platform_dependent(cpu=by_place, default=by_scatter),)
 
 
-max_pool.defvjp(_forward, _backward)
+_max_pool.defvjp(_forward, _backward)
 
 
 def _backward_by_scatter(x: Array, out: Array, d_out: Array) -> Array:

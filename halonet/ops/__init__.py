@@ -2,6 +2,7 @@
 
 from halonet.ops.geometry import BORDERS, POSITIONS, check_blocks, table_size
 from halonet.ops.halo_attention import IMPLEMENTATIONS, halo_attention
+from halonet.ops.spatial import on_each_device, row_devices, with_neighbours
 
 __all__ = [
     "BORDERS",
@@ -9,5 +10,8 @@ __all__ = [
     "POSITIONS",
     "check_blocks",
     "halo_attention",
+    "on_each_device",
+    "row_devices",
     "table_size",
+    "with_neighbours",
 ]

@@ -8,13 +8,13 @@ from halonet import checkpoint
 from tests.system.launch import launch
 
 PROGRAM = """
-import sys
+import functools, sys
 import jax, numpy as np
 from halonet import checkpoint, sharding
 from halonet.data import device, pipeline, sources
 
 source = sources.open_source("fake:1000:10", "train", image_size=32)
-spread = sharding.batch_sharding(sharding.make_mesh())
+spread = functools.partial(sharding.batch_sharding, sharding.make_mesh())
 batches = [
     device.Prefetcher(pipeline.train_batches(source, batch_size=16, seed=0, **how), spread)
     for how in ({"threads": 2, "prefetch": 8}, {"workers": 2})
