@@ -199,16 +199,8 @@ def check_values(config: ConfigDict) -> None:
         if flat[key] <= 0:
             raise ConfigError(f"config.{key}={flat[key]} must be above 0")
     not_negative = (
-        *(
-            "data.damaged_limit",
-            "data.threads",
-            "data.workers",
-            "augment.rotate",
-            "train.hang_seconds",
-            "train.skip_nonfinite",
-            "train.steps",
-            "train.epochs",
-        ),
+        *("data.damaged_limit", "data.threads", "data.workers", "augment.rotate"),
+        *("train.hang_seconds", "train.skip_nonfinite", "train.steps", "train.epochs"),
         *("optim.weight_decay", "optim.clip_norm", "optim.base_batch", "optim.floor"),
         *("checkpoint.keep_best", "mesh.data", "augment.mixup", "augment.cutmix"),
         *("augment.color_jitter", "augment.crop_min_area", "augment.erase"),

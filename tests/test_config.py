@@ -76,7 +76,7 @@ POSITIVE = (
     *("model.bn_group", "data.image_size", "data.batch_size", "optim.learning_rate"),
     *("eval.every_steps", "eval.batch_size", "checkpoint.every_steps"),
     *("checkpoint.keep_latest", "log.every_steps", "augment.repeats", "train.accumulate"),
-    "augment.erase_attempts",
+    *("augment.erase_attempts", "mesh.rows"),
 )
 NOT_NEGATIVE = (
     *("seed", "data.damaged_limit", "data.threads", "data.workers", "augment.rotate"),
@@ -328,7 +328,7 @@ MAY_CHANGE = {
     *("data.data_dir", "data.threads", "data.workers", "data.damaged_limit", "eval.batch_size"),
     *("log.every_steps", "log.profile"),
     *("checkpoint.every_steps", "checkpoint.keep_latest", "checkpoint.keep_best"),
-    *("mesh.data", "mesh.fsdp", "model.remat"),
+    *("mesh.data", "mesh.fsdp", "mesh.rows", "model.remat"),
 }
 
 

@@ -33,7 +33,7 @@ def test_batches_arrive_whole_in_order_and_laid_out(sharding):
         for name, expected in batch(number).items():
             assert isinstance(arrived[name], jax.Array)
             assert arrived[name].dtype == expected.dtype
-            assert arrived[name].sharding.is_equivalent_to(sharding, expected.ndim)
+            assert arrived[name].sharding.is_equivalent_to(sharding(expected.ndim), expected.ndim)
             np.testing.assert_array_equal(np.asarray(arrived[name]), expected)
             for shard in arrived[name].addressable_shards:
                 assert shard.data.shape[0] == 2
