@@ -1,6 +1,7 @@
 """Images whose rows several devices share: each layer, its gradients, and what devices exchange."""
 
 import functools
+import importlib.util
 import re
 
 import jax
@@ -185,58 +186,69 @@ def test_layers_share_rows(name):
     check(function, (x,), kernels, make_mesh(1, 4), kinds)
 
 
-def step_and_inputs(mesh, **overrides):
-    """The whole training step of a tiny model with four rows of blocks in its last stage."""
+def training(mesh, *, implementation=None, **overrides):
+    """The whole step of a tiny model with four rows of blocks in its last stage, and a state."""
     settings = {"data.image_size": 64, "data.batch_size": 8, "optim.name": "sgd", **overrides}
     config = small_config(**settings)
-    model = config_lib.build_model(config, num_classes=10, depths=(1, 1))
+    fields = {"depths": (1, 1), "implementation": implementation}
+    model = config_lib.build_model(config, num_classes=10, **fields)
     schedule = recipe.schedule(config, 100)
     tx = recipe.optimizer(config, schedule)
     init = functools.partial(steps.init_state, init_fn=model.init, tx=tx, image_size=64, ema=True)
+    step = recipe.train_step(config, model, tx, schedule, mesh)
+    return step, init, recipe.abstract_batch(config, mesh)
+
+
+def run_step(mesh, collectives, **overrides):
+    """The state and the metrics after a step that exchanges no more than `collectives`."""
+    step, init, batch = training(mesh, **overrides)
     state = jax.jit(init)(jax.random.key(0))
     # No branch switched off, as by its last norm at the start.
     noise = np.random.default_rng(0)
     params = jax.tree.map(lambda x: x + 0.1 * noise.normal(size=x.shape).astype("f"), state.params)
     state = steps.start_from(state, {"params": params, "batch_stats": state.batch_stats})
-    batch = {
-        name: noise.integers(0, 10 if name == "label" else 256, x.shape).astype(x.dtype)
-        for name, x in recipe.abstract_batch(config, mesh).items()
-    }
-    layout = (
-        sharding.state_shardings(state, mesh),
-        {name: sharding.batch_sharding(mesh, x.ndim) for name, x in batch.items()},
+    images = noise.integers(0, 256, batch["image"].shape).astype(np.uint8)
+    values = {"image": images, "label": np.arange(8, dtype=np.int32)}
+    inputs = (
+        jax.device_put(state, sharding.replicated(mesh)),
+        {name: jax.device_put(values[name], x.sharding) for name, x in batch.items()},
     )
-    step = jax.jit(
-        recipe.train_step(config, model, tx, schedule, mesh),
-        in_shardings=layout,
-        out_shardings=(layout[0], sharding.replicated(mesh)),
-    )
-    return step, jax.device_put((state, batch), layout)
-
-
-@functools.cache
-def unshared(**overrides):
-    step, inputs = step_and_inputs(make_mesh(1, 1), **overrides)
-    return jax.device_get(step(*inputs))
-
-
-def check_step(mesh, **overrides):
-    step, inputs = step_and_inputs(mesh, **overrides)
-    compiled = step.lower(*inputs).compile()
-    assert set(COLLECTIVES.findall(compiled.as_text())) == {"collective-permute", "all-reduce"}
-    # The gradient itself is what SGD's momentum holds after a step.
-    jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-5),
-        jax.device_get(compiled(*inputs)),
-        unshared(**overrides),
-    )
+    compiled = jax.jit(step, out_shardings=sharding.replicated(mesh)).lower(*inputs).compile()
+    assert set(COLLECTIVES.findall(compiled.as_text())) == collectives
+    return jax.device_get(compiled(*inputs))
 
 
 @pytest.mark.middle
 @pytest.mark.parametrize("mesh", [(1, 4), (2, 2)], ids=str)
-def test_a_step_is_that_of_one_device(mesh):
+@pytest.mark.parametrize(
+    "overrides", [{}, pytest.param({"train.accumulate": 2}, marks=pytest.mark.long)], ids=str
+)
+def test_a_step_is_that_of_one_device(mesh, overrides):
     """With stochastic depth, mixing, groups of batch norm, averages and clipping."""
-    check_step(make_mesh(*mesh))
+    found = run_step(make_mesh(*mesh), {"collective-permute", "all-reduce"}, **overrides)
+    # The gradient itself is what SGD's momentum holds after a step.
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-5)
+    jax.tree.map(close, found, run_step(make_mesh(1, 1), set(), **overrides))
+
+
+@pytest.mark.middle
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs the extra tpu-aot")
+def test_the_step_compiles_for_a_tpu_with_the_fused_kernel():
+    from experiments import tpu_aot
+
+    devices = np.array(tpu_aot.topology("v5e:2x2").devices).reshape(1, 1, 4)
+    mesh = jax.sharding.Mesh(devices, ("data", "fsdp", "rows"), axis_types=(AxisType.Auto,) * 3)
+    # Mixing draws from a distribution by a loop of as many trips as it takes, which has no cost.
+    settings = {"model.dtype": "bfloat16", "augment.mixup": 0.0}
+    step, init, batch = training(mesh, implementation="pallas_tpu", **settings)
+    where = sharding.replicated(mesh)
+    state = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        jax.eval_shape(init, jax.random.key(0)),
+    )
+    program = tpu_aot.compile_for(step, state, batch)
+    assert sum(op.kind == "kernel" for op in program.operations) == 4
+    assert program.collectives.keys() == {"collective-permute", "all-reduce"}
 
 
 def test_rows_that_devices_cannot_share_are_refused_before_anything_compiles():
