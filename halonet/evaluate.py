@@ -64,7 +64,9 @@ def make_mesh(config: ConfigDict) -> jax.sharding.Mesh:
       ConfigError: where it does not fit the devices.
     """
     try:
-        return sharding.make_mesh(**config.mesh)
+        return sharding.make_mesh(
+            data=config.mesh.data, fsdp=config.mesh.fsdp, rows=config.mesh.rows
+        )
     except ValueError as error:
         raise ConfigError(f"config.{error}") from error
 
