@@ -59,7 +59,8 @@ VARIABLES = {"kernel": jnp.asarray((KERNEL - KERNEL.mean(axis=0)).reshape(-1, CL
 
 def scored(source, *, batch_size=8, devices=8):
     config = small_config(**{"eval.batch_size": batch_size})
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]).reshape(-1, 1), ("data", "fsdp"))
+    of_mesh = np.array(jax.devices()[:devices]).reshape(-1, 1, 1)
+    mesh = jax.sharding.Mesh(of_mesh, ("data", "fsdp", "rows"))
     step = evaluate.make_suite_step(MODEL, config, mesh)
     batches = evaluate.eval_batches(config, source, mesh)
     return evaluate.score(evaluate.add_up(step, VARIABLES, batches), source.classes)

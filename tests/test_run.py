@@ -249,7 +249,8 @@ def test_suites_are_scored_beside_the_split(workdir, tmp_path, capsys):
 def test_each_example_counts_once(workdir, batch_size, devices):
     config = small_config(**{"eval.batch_size": batch_size})
     source = evaluate.open_split(config, "test")
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]).reshape(-1, 1), ("data", "fsdp"))
+    of_mesh = np.array(jax.devices()[:devices]).reshape(-1, 1, 1)
+    mesh = jax.sharding.Mesh(of_mesh, ("data", "fsdp", "rows"))
     run = load_run(workdir, "latest", sharding=sharding.replicated(mesh))
 
     def all_zero(variables, batch):
@@ -363,7 +364,7 @@ def test_wrong_settings_are_refused(workdir):
     for key, value, message in (
         ("eval.batch_size", 0, "config.eval.batch_size=0 must be above 0"),
         ("data.image_size", 36, "config.data.image_size=36: image height 36 .* work: 32 and 48"),
-        ("mesh.fsdp", 3, "config.mesh.data=0 x mesh.fsdp=3 does not fit 8 devices"),
+        ("mesh.fsdp", 3, "config.mesh.data=0 x mesh.fsdp=3 x mesh.rows=1 does not fit 8"),
     ):
         with pytest.raises(ConfigError, match=message):
             evaluate.evaluate_checkpoint(small_config(**{key: value}), workdir)

@@ -100,6 +100,7 @@ def test_conventions_of_others_are_shared(implementation):
     check(*attention(implementation, **options), make_mesh(1, 4))
 
 
+@pytest.mark.middle
 def test_halos_of_more_than_a_block_come_from_the_next_device_alone():
     check(*attention("xla_shift", height=16, halo=6), make_mesh(1, 2))
     op, maps, tables = attention("xla_shift", height=16, halo=6)
@@ -118,6 +119,7 @@ def test_rows_that_are_no_whole_blocks_on_each_device_are_refused(pad):
         op(*maps, *tables)
 
 
+@pytest.mark.middle
 def test_columns_are_padded_to_blocks():
     op, maps, tables = attention("xla_shift", height=16, pad_to_blocks=True, border="mask")
     check(op, tuple(x[:, :, :7] for x in maps), tables, make_mesh(1, 4))
