@@ -223,7 +223,13 @@ def run_step(mesh, collectives, **overrides):
 @pytest.mark.middle
 @pytest.mark.parametrize("mesh", [(1, 4), (2, 2)], ids=str)
 @pytest.mark.parametrize(
-    "overrides", [{}, pytest.param({"train.accumulate": 2}, marks=pytest.mark.long)], ids=str
+    "overrides",
+    [
+        {},
+        # Which examples make a part, and so what drops an example's path, is up to the devices.
+        pytest.param({"train.accumulate": 2, "model.drop_path": 0.0}, marks=pytest.mark.long),
+    ],
+    ids=["whole", "parts"],
 )
 def test_a_step_is_that_of_one_device(mesh, overrides):
     """With stochastic depth, mixing, groups of batch norm, averages and clipping."""
