@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
-from experiments.layer_shapes import layer_shapes
+from experiments.layer_shapes import gigabytes, layer_shapes
 from halonet.ops import IMPLEMENTATIONS, halo_attention, table_size
 from halonet.ops import measured as defaults_in_use
 
@@ -158,7 +158,7 @@ def main(argv):
     results = []
     for i, (shape, name) in enumerate(shapes.items()):
         n = 64 if name.startswith("TINY") else FLAGS.batch
-        needed = shape.gigabytes(n, dtype.itemsize)
+        needed = gigabytes(shape, n, dtype.itemsize)
         if needed > FLAGS.memory:
             print(f"{name:53s}{n:7d} skipped: needs about {needed:.1f} GB, --memory={FLAGS.memory}")
             continue

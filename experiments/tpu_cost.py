@@ -5,10 +5,10 @@
     python -m experiments.tpu_cost --calibrate [--match=v3]     # writes docs/tpu_calibration.txt
 
 Compiles the training step of `halonet.steps` for the chip and runs nothing, so any machine will do;
-it takes minutes. Reported for one device: memory; cycles, XLA's estimate and the instructions of
-the fused kernels (from docs/tpu_kernels.json); the time, each operation bound by its cycles or by
-its bytes; collectives; and the dearest operations, grouped by the part of the network that they
-come from.
+it takes minutes. Reported for one device (of a v4: one core): memory; cycles, XLA's estimate and
+the instructions of the fused kernels (from halonet/tpu_kernels.json); the time, each operation
+bound by its cycles or by its bytes; collectives; and the dearest operations, grouped by the part of
+the network that they come from.
 
 No estimate is a measurement. `--calibrate` compiles what others have timed on TPUs and records the
 ratio of their time to ours; the record is printed beside every estimate.
@@ -28,17 +28,16 @@ import jax.numpy as jnp
 import optax
 from absl import app, flags
 
-from experiments import tpu_aot
-from experiments.layer_shapes import attention_layers, layer_shapes
-from halonet import sharding, steps
+from halonet import aot, hlo, sharding, steps, tpu_kernels
 from halonet.models import VARIANTS, create_model
 from halonet.models.cost import cost
 from halonet.optim import make_optimizer
+from halonet.tpu_kernels import attention_layers
 
 FLAGS = flags.FLAGS
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
-RECORD, KERNELS = DOCS / "tpu_calibration.txt", DOCS / "tpu_kernels.json"
+RECORD = DOCS / "tpu_calibration.txt"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,14 +91,14 @@ PUBLISHED = {
 }
 
 
-def compile_step(setup: Setup) -> tpu_aot.Program:
+def compile_step(setup: Setup) -> aot.Program:
     """Compiles a training step for one device of a topology or for all of them.
 
     Raises:
       ValueError: for a model, a size or a topology that does not exist.
       ModuleNotFoundError: without libtpu.
     """
-    devices = tpu_aot.topology(setup.topology).devices
+    devices = aot.topology(setup.topology, apart=True).devices
     model = create_model(
         setup.model,
         dtype=jnp.bfloat16,
@@ -136,36 +135,23 @@ def compile_step(setup: Setup) -> tpu_aot.Program:
         step = sharding.seeing(mesh, step)
         state = placed(state, sharding.replicated(mesh))
         batch = placed(batch, sharding.batch_sharding(mesh))
-    program = tpu_aot.compile_for(step, state, batch, topology_name=setup.topology, donate=0)
+    program = aot.compile_for(
+        step, state, batch, topology_name=setup.topology, donate=0, apart=True
+    )
     found = tuple(with_kernel_cycles(op, setup) for op in program.operations)
     return dataclasses.replace(program, operations=found)
 
 
-def with_kernel_cycles(op: tpu_aot.Operation, setup: Setup) -> tpu_aot.Operation:
-    """Takes the cycles of a fused kernel from their table: to have them dumped takes an hour.
-
-    Raises:
-      ValueError: for a layer that is not in the table.
-    """
-    if op.kind != "kernel":
-        return op
-    generation, kernels = setup.topology.split(":")[0], json.loads(KERNELS.read_text())["layers"]
+def with_kernel_cycles(op: hlo.Operation, setup: Setup) -> hlo.Operation:
+    """Takes the cycles of a fused kernel from their table: to have them dumped takes an hour."""
     model = create_model(setup.model)
-    layers = {(s, n): shape for s, n, shape in attention_layers(model, setup.image_size)}
-    stage, block = re.search(r"stage(\d+)_block(\d+)", op.op_name).groups()
-    shape = layers[int(stage), int(block)]
-    cycles = kernels.get(layer_shapes().get(shape), {}).get(generation)
-    if cycles is None:
-        raise ValueError(
-            f"docs/tpu_kernels.json has no layer {shape} on {generation}; "
-            "python -m experiments.tpu_kernels compiles those of each model's own image size"
-        )
-    way = "backward" if "halo_attention_backward" in op.name else "forward"
-    # Of the grid, which has one for each group of heads.
-    images, cores = int(re.search(r"\[(\d+)", op.shape)[1]), tpu_aot.chip_of(setup.topology).cores
-    groups = images // setup.batch
-    turns, turns_of_one = -(-images // cores), -(-groups // cores)
-    return dataclasses.replace(op, cycles=cycles[f"{way}_cycles"] * turns // turns_of_one)
+    return tpu_kernels.with_kernel_cycles(
+        op,
+        layers={(s, n): shape for s, n, shape in attention_layers(model, setup.image_size)},
+        images=setup.batch,
+        generation=setup.topology.split(":")[0],
+        chip=aot.chip_of(setup.topology, apart=True),
+    )[0]
 
 
 def placed(tree, where):
@@ -193,7 +179,7 @@ def part_of(op_name: str) -> str:
     return "loss and optimizer" if name else "copies"
 
 
-def profile(program: tpu_aot.Program) -> dict[str, dict[str, float]]:
+def profile(program: aot.Program) -> dict[str, dict[str, float]]:
     """Cycles by part of the network, forward and backward. A fusion counts where its root does."""
     parts = collections.defaultdict(lambda: {"forward": 0.0, "backward": 0.0})
     for op in program.operations:
@@ -202,7 +188,7 @@ def profile(program: tpu_aot.Program) -> dict[str, dict[str, float]]:
     return dict(sorted(parts.items(), key=lambda item: -sum(item[1].values())))
 
 
-def report(setup: Setup, program: tpu_aot.Program) -> dict:
+def report(setup: Setup, program: aot.Program) -> dict:
     """All that is said about a step, as plain numbers."""
     model = create_model(setup.model)
     adds = sum(part.cost.total for part in cost(model, setup.image_size, setup.image_size))
@@ -234,7 +220,7 @@ def report(setup: Setup, program: tpu_aot.Program) -> dict:
     }
 
 
-def show(found: dict, program: tpu_aot.Program, top: int) -> None:
+def show(found: dict, program: aot.Program, top: int) -> None:
     """Prints a report."""
     cycles, memory, chip = found["million_cycles"], found["memory_mb"], program.chip
     print(", ".join(f"{key} {value}" for key, value in found["setup"].items()))
@@ -298,7 +284,7 @@ def define_flags():
     flags.DEFINE_string("model", "halonet_h0", "a registered model")
     flags.DEFINE_integer("image_size", 256, "pixels of the square images", lower_bound=1)
     flags.DEFINE_integer("batch", 16, "images per device", lower_bound=1)
-    flags.DEFINE_string("topology", "v5e:2x2", "a slice of TPUs, see experiments.tpu_aot.topology")
+    flags.DEFINE_string("topology", "v5e:2x2", "a slice of TPUs, see halonet.aot.topology")
     flags.DEFINE_bool("one", True, "compile for one device of the topology; else for all of them")
     flags.DEFINE_string("implementation", "pallas_tpu", "of halo attention")
     flags.DEFINE_integer(

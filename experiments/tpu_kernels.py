@@ -1,13 +1,13 @@
 """What does the fused TPU kernel cost on every layer shape of H0 to H7?
 
     python -m experiments.tpu_kernels [--generations=v4,v5e,v5p,v6e] [--match="H1 stage 1"]
-                                      [--out=docs/tpu_kernels.json]
+                                      [--out=halonet/tpu_kernels.json]
 
 Compiles the kernel ahead of time, forward and backward, for one image in bfloat16 (no TPU is
 needed, but libtpu: `pip install -e .[tpu-aot]`), and records its cycles by its instructions, XLA's
 for what stands around it, and the temporaries in HBM. Shapes that the file holds already, of the
 same kernel, are not compiled again, so that an interrupted table is gone on with. The table is
-printed at the end.
+printed at the end, and written to docs/tpu_kernels.txt.
 """
 
 import ast
@@ -26,8 +26,9 @@ from absl import app, flags
 from experiments import tpu_aot
 from experiments.layer_shapes import layer_shapes
 from halonet.ops import halo_attention, table_size
+from halonet.tpu_kernels import RECORD
 
-RECORD = pathlib.Path(__file__).parent.parent / "docs" / "tpu_kernels.json"
+TEXT = pathlib.Path(__file__).parent.parent / "docs" / "tpu_kernels.txt"
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 SOURCES = ("pallas_tpu.py", "pallas_tpu_kernels.py")
 COLUMNS = ("forward_cycles", "backward_cycles", "xla_cycles", "temporary_bytes")
@@ -59,8 +60,9 @@ def cost(shape, generation):
         value, pull = jax.vjp(op, *arguments)
         return value, pull(d_out)
 
+    # Of a v4 one core: the table was begun so.
     program = tpu_aot.compile_for(
-        both, out, q, k, v, table, table, topology_name=TOPOLOGIES[generation]
+        both, out, q, k, v, table, table, topology_name=TOPOLOGIES[generation], apart=True
     )
     cycles = {"forward": 0, "backward": 0}
     for operation in program.operations:
@@ -75,11 +77,10 @@ def cost(shape, generation):
     }
 
 
-def kernel_hash():
-    """Of the code of the kernel, whatever its comments and docstrings say: what a table is of."""
+def code_hash(paths):
+    """Of the code of some modules, whatever their comments and docstrings say."""
     code = ""
-    for name in SOURCES:
-        path = pathlib.Path(sys.modules["halonet.ops"].__file__).parent / name
+    for path in paths:
         tree = ast.parse(path.read_text())
         for node in ast.walk(tree):
             documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
@@ -87,6 +88,12 @@ def kernel_hash():
                 node.body[0] = ast.Pass()
         code += ast.unparse(tree)
     return hashlib.sha256(code.encode()).hexdigest()[:16]
+
+
+def kernel_hash():
+    """Of the code of the kernel: what a table is of."""
+    folder = pathlib.Path(sys.modules["halonet.ops"].__file__).parent
+    return code_hash([folder / name for name in SOURCES])
 
 
 def render(record):
@@ -147,7 +154,7 @@ def main(_):
         seconds = time.perf_counter() - began
         print(f"{number}/{len(todo)} {generation} {name}: {seconds:.0f} s", file=sys.stderr)
     text = render(record)
-    out.with_suffix(".txt").write_text(text)
+    (TEXT if out == RECORD else out.with_suffix(".txt")).write_text(text)
     print(text, end="")
 
 

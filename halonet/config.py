@@ -258,11 +258,12 @@ def _finite(values: Sequence[Any]) -> list[float]:
     return [x for x in values if isinstance(x, int | float) and math.isfinite(x)]
 
 
-def validate(config: ConfigDict, *, num_classes: int) -> HaloNet:
+def validate(config: ConfigDict, *, num_classes: int, devices: int = 0) -> HaloNet:
     """Checks all that training needs, how the keys fit to the devices too, and builds the model.
 
     Args:
       num_classes: of the data set.
+      devices: that the run shall have; 0: those that there are.
 
     Raises:
       ConfigError: naming the key, its value and what would do.
@@ -275,15 +276,17 @@ def validate(config: ConfigDict, *, num_classes: int) -> HaloNet:
         model.check_fields()
     except ValueError as error:
         raise ConfigError(f"config.model: {error}") from error
-    check_image_size(model, config.data.image_size, config.mesh.rows)
-    batch, parts, rows = config.data.batch_size, config.train.accumulate, config.mesh.rows
-    check_devices("data.batch_size", batch, config.model.bn_group, parts, rows)
+    rows = config.mesh.rows
+    check_image_size(model, config.data.image_size, rows)
+    batch, parts = config.data.batch_size, config.train.accumulate
+    group = config.model.bn_group
+    check_devices("data.batch_size", batch, group, parts, rows, devices=devices)
     if batch % config.augment.repeats:
         repeats = config.augment.repeats
         raise ConfigError(
             f"config.augment.repeats={repeats} does not divide config.data.batch_size={batch}"
         )
-    check_devices("eval.batch_size", config.eval.batch_size, rows=rows)
+    check_devices("eval.batch_size", config.eval.batch_size, rows=rows, devices=devices)
     return model
 
 
@@ -358,13 +361,21 @@ def check_image_size(model: HaloNet, size: int, rows: int = 1) -> None:
 
 
 def check_devices(
-    key: str, batch_size: int, bn_group: int = 1, parts: int = 1, rows: int = 1
+    key: str,
+    batch_size: int,
+    bn_group: int = 1,
+    parts: int = 1,
+    rows: int = 1,
+    *,
+    devices: int = 0,
 ) -> None:
     """Refuses a batch that devices cannot share in parts of whole groups of batch-norm examples.
 
-    Each image is of `rows` devices, a number that divides all of them or is refused elsewhere.
+    Args:
+      rows: devices of each image, a number that divides all of them or is refused elsewhere.
+      devices: how many in all; 0: those that there are.
     """
-    devices = max(1, jax.device_count() // rows)
+    devices = max(1, (devices or jax.device_count()) // rows)
     unit = devices * bn_group * parts
     if batch_size % unit:
         groups = f" in groups of config.model.bn_group={bn_group}" if bn_group > 1 else ""

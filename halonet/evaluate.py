@@ -57,16 +57,15 @@ def open_split(config: ConfigDict, split: str, name: str = "") -> sources.Source
         raise ConfigError(f"config.data: {error}") from error
 
 
-def make_mesh(config: ConfigDict) -> jax.sharding.Mesh:
-    """The mesh that a configuration asks for.
+def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+    """The mesh that a configuration asks for, of all devices if none are given.
 
     Raises:
       ConfigError: where it does not fit the devices.
     """
     try:
-        return sharding.make_mesh(
-            data=config.mesh.data, fsdp=config.mesh.fsdp, rows=config.mesh.rows
-        )
+        shape = {name: config.mesh[name] for name in ("data", "fsdp", "rows")}
+        return sharding.make_mesh(**shape, devices=devices)
     except ValueError as error:
         raise ConfigError(f"config.{error}") from error
 

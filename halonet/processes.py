@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -195,6 +196,19 @@ def agreed(find: Callable[[], int], seconds: float = _JOIN_SECONDS) -> int:
     if code:
         raise error or RefusedError(code)
     return found
+
+
+def leave_for(error: BaseException) -> NoReturn:
+    """Ends the process: for an error with an exit code in one line, for others as Python tells."""
+    if isinstance(error, KeyboardInterrupt):
+        leave(130)
+    code = getattr(error, "exit_code", None)
+    if code is None:
+        traceback.print_exception(error)
+        code = 1
+    else:
+        print(f"error: {error}" if code != PREEMPTED else error, file=sys.stderr)
+    leave(code)
 
 
 def leave(code: int) -> NoReturn:

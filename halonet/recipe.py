@@ -11,7 +11,7 @@ import optax
 from ml_collections import ConfigDict
 
 from halonet import optim, sharding, steps
-from halonet.models import HaloNet
+from halonet.models import HaloNet, init_function
 
 
 def schedule(config: ConfigDict, total: int) -> Callable:
@@ -34,6 +34,22 @@ def optimizer(config: ConfigDict, schedule: Callable) -> optax.GradientTransform
         weight_decay=config.optim.weight_decay,
         clip_norm=config.optim.clip_norm,
         decay_tables=config.optim.decay_tables,
+    )
+
+
+def init_state(
+    config: ConfigDict,
+    model: HaloNet,
+    tx: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
+) -> Callable:
+    """What makes a fresh state, uncompiled: key -> state."""
+    return functools.partial(
+        sharding.seeing(mesh, steps.init_state),
+        init_fn=init_function(model, config.init.scheme),
+        tx=tx,
+        image_size=config.data.image_size,
+        ema=config.train.ema_decay > 0,
     )
 
 
@@ -60,6 +76,24 @@ def train_step(
         accumulate=config.train.accumulate,
         shares=mesh.size // mesh.shape["rows"],
         skip_nonfinite=config.train.skip_nonfinite > 0,
+    )
+
+
+def jitted_train_step(
+    config: ConfigDict,
+    model: HaloNet,
+    tx: optax.GradientTransformation,
+    schedule: Callable,
+    mesh: jax.sharding.Mesh,
+    shardings: Any,
+) -> Callable:
+    """The step, to be lowered for a state of these shardings, which is donated, and a batch."""
+    of_batch = jax.tree.map(lambda x: x.sharding, abstract_batch(config, mesh))
+    return jax.jit(
+        train_step(config, model, tx, schedule, mesh),
+        donate_argnums=0,
+        in_shardings=(shardings, of_batch),
+        out_shardings=(shardings, sharding.replicated(mesh)),
     )
 
 

@@ -8,8 +8,9 @@ shape differs.
 
 from __future__ import annotations
 
+import collections
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,19 +22,26 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 MIN_SHARDED_SIZE = 4096
 
 
-def make_mesh(*, data: int = 0, fsdp: int = 1, rows: int = 1) -> Mesh:
+def make_mesh(
+    *, data: int = 0, fsdp: int = 1, rows: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
     """A mesh of all devices with the axes "data", "fsdp" and "rows".
 
     Args:
       data: devices along "data"; 0 takes all that the others leave.
       fsdp: devices along "fsdp".
       rows: devices along "rows", neighbours in the machine; those of an image are of one process.
+      devices: of the mesh, if not those of this run: such as are only compiled for.
 
     Raises:
       ValueError: where the three do not multiply to the number of devices, or `rows` does not
         divide the devices of a process.
     """
-    count, local = jax.device_count(), jax.local_device_count()
+    devices = jax.devices() if devices is None else devices
+    of_process = collections.defaultdict(list)
+    for device in devices:
+        of_process[device.process_index].append(device)
+    count, local = len(devices), len(of_process[devices[0].process_index])
     if rows < 1 or local % rows:
         raise ValueError(
             f"mesh.rows={rows} does not divide the {local} devices of a process, which reads whole "
@@ -49,14 +57,14 @@ def make_mesh(*, data: int = 0, fsdp: int = 1, rows: int = 1) -> Mesh:
     # Auto axes: XLA places the collectives. (make_mesh's default, Explicit, breaks Flax's Conv.)
     types = (AxisType.Auto,) * 3
     if rows == 1:
-        return jax.make_mesh(shape, names, axis_types=types)
+        return jax.make_mesh(shape, names, axis_types=types, devices=devices)
     # Each process's devices by themselves: over all of them, rows might lie along an axis of the
     # machine that leads from one process to the next.
-    of_process = [
-        mesh_utils.create_device_mesh((local // rows, rows), jax.local_devices(process))
-        for process in range(jax.process_count())
+    placed = [
+        mesh_utils.create_device_mesh((local // rows, rows), its)
+        for _, its in sorted(of_process.items())
     ]
-    return Mesh(np.concatenate(of_process).reshape(shape), names, axis_types=types)
+    return Mesh(np.concatenate(placed).reshape(shape), names, axis_types=types)
 
 
 def _divisors(number: int) -> list[int]:

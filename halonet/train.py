@@ -43,7 +43,7 @@ from halonet.checkpoint import (
 from halonet.data import device, pipeline
 from halonet.data.damage import DamageCount
 from halonet.data.errors import DataError
-from halonet.models import HaloNet, cost, init_function
+from halonet.models import HaloNet, cost
 from halonet.progress import Progress
 
 # Steps given to the devices ahead of the one whose result was last seen: enough to keep them busy,
@@ -101,13 +101,7 @@ def train_and_evaluate(
     # The state, abstract first: its arrays and shardings are known before any exists.
     schedule = recipe.schedule(config, total)
     tx = recipe.optimizer(config, schedule)
-    init = functools.partial(
-        sharding.seeing(mesh, steps.init_state),
-        init_fn=init_function(model, config.init.scheme),
-        tx=tx,
-        image_size=config.data.image_size,
-        ema=config.train.ema_decay > 0,
-    )
+    init = recipe.init_state(config, model, tx, mesh)
     key = jax.random.key(config.seed)
     abstract_state = jax.eval_shape(init, key)
     config_lib.check_workdir(
@@ -182,13 +176,7 @@ def train_and_evaluate(
             functools.partial(sharding.batch_sharding, mesh),
         )
         closing.callback(batches.close)
-        abstract_batch = recipe.abstract_batch(config, mesh)
-        train_step = jax.jit(
-            recipe.train_step(config, model, tx, schedule, mesh),
-            donate_argnums=0,
-            in_shardings=(shardings, jax.tree.map(lambda x: x.sharding, abstract_batch)),
-            out_shardings=(shardings, sharding.replicated(mesh)),
-        )
+        train_step = recipe.jitted_train_step(config, model, tx, schedule, mesh, shardings)
         eval_step = evaluate_lib.make_eval_step(model, config, mesh)
         profile = _profiler(workdir, start) if config.log.profile else None
         damage = DamageCount(
@@ -269,7 +257,7 @@ def train_and_evaluate(
         watchdog.at("compiling the step")
         progress.say("compiling the step (kept for later starts)")
         started = time.perf_counter()
-        train_step = train_step.lower(state, abstract_batch).compile()
+        train_step = train_step.lower(state, recipe.abstract_batch(config, mesh)).compile()
         seconds = time.perf_counter() - started
         progress.say(f"compiled the step in {seconds:.0f} s")
         progress.pause(seconds)

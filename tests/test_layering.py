@@ -85,9 +85,16 @@ TABLE = {
         "jax ml_collections",
         "",
     ),
+    # Programs for TPUs that are not there.
+    "halonet.hlo": ("", "", ""),
+    "halonet.aot": ("hlo", "jax", ""),
+    "halonet.tpu_kernels": ("aot hlo models", "", ""),
+    "halonet.fit": ("", "", ""),
+    "halonet.plan_report": ("", "", ""),
     "halonet.plan": (
-        "models steps optim sharding checkpoint run config",
-        "jax ml_collections",
+        "models data steps optim sharding checkpoint config recipe evaluate runtime files "
+        "aot hlo tpu_kernels fit plan_report",
+        "jax ml_collections numpy",
         "",
     ),
     "main": ("train evaluate export plan config processes runtime", "absl ml_collections", ""),

@@ -19,10 +19,11 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from experiments.layer_shapes import layer_shapes
+from halonet import tpu_kernels
 from halonet.ops import geometry, halo_attention, pallas_tpu, table_size
 
 ROOT = pathlib.Path(__file__).parent.parent
-RECORD = json.loads((ROOT / "docs" / "tpu_kernels.json").read_text())
+RECORD = json.loads(tpu_kernels.RECORD.read_text())
 GENERATIONS = ("v4", "v5e", "v5p", "v6e")
 LAYERS = {name: shape for shape, name in layer_shapes().items()}
 # One of each kind: H0's first stage and its strided layer, three blocks that are not of whole
@@ -148,14 +149,14 @@ def test_a_batch_on_a_mesh_is_computed_where_it_lies(n):
 
 def test_the_table_is_of_this_kernel_and_of_every_layer():
     """Run `python -m experiments.tpu_kernels` after a change to the kernel."""
-    from experiments import tpu_kernels
+    from experiments import tpu_kernels as table
 
-    assert RECORD["kernel"] == tpu_kernels.kernel_hash()
+    assert RECORD["kernel"] == table.kernel_hash()
     assert RECORD["layers"].keys() == LAYERS.keys()
     for layer, costs in RECORD["layers"].items():
         assert costs.keys() == set(GENERATIONS), layer
     text = (ROOT / "docs" / "tpu_kernels.txt").read_text()
-    assert text == tpu_kernels.render(RECORD)
+    assert text == table.render(RECORD)
 
 
 @pytest.mark.middle

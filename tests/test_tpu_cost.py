@@ -5,7 +5,8 @@ import types
 
 import pytest
 
-from experiments import tpu_aot, tpu_cost
+from experiments import tpu_cost
+from halonet import aot, hlo, tpu_kernels
 
 
 @pytest.mark.parametrize(
@@ -36,7 +37,7 @@ def test_parts_of_a_network(op_name, part):
 
 
 def operation(name, cycles, moved=0, kind="fusion"):
-    return tpu_aot.Operation(name, kind, 1, cycles, moved, f"jit(train_step)/{name}", "f32[]")
+    return hlo.Operation(name, kind, 1, cycles, moved, f"jit(train_step)/{name}", "f32[]")
 
 
 def step():
@@ -48,7 +49,7 @@ def step():
         operation("jvp(HaloNet)/stage1_block1/attention/halo", 902_893, kind="kernel"),
     )
     compiled = types.SimpleNamespace(memory_analysis=lambda: types.SimpleNamespace(**sizes))
-    return tpu_aot.Program(compiled, tpu_aot.CHIPS["v5e"], operations, {})
+    return aot.Program(compiled, aot.CHIPS["v5e"], operations)
 
 
 def test_report():
@@ -65,22 +66,26 @@ def test_report():
     assert norm == {"forward": 0.6, "backward": pytest.approx(1.503, rel=1e-3)}
 
 
-@pytest.mark.parametrize(("generation", "turns"), [("v5e", 16), ("v6e", 16), ("v5p", 8)])
-def test_cycles_of_a_kernel_are_those_of_its_turns(generation, turns):
+@pytest.mark.parametrize(
+    ("topology", "turns"), [("v5e:2x2", 16), ("v6e:2x2", 16), ("v5p:2x2x1", 8)]
+)
+def test_cycles_of_a_kernel_are_those_of_its_turns(topology, turns):
     """Two cores of a v5p share out the images; it is one of them that computes a single image."""
     name, where = "halo_attention_backward.3", "jit(f)/HaloNet/stage1_block1/attention/halo"
-    kernel = tpu_aot.Operation(name, "kernel", 1, 0, 0, where, "(bf16[16,8,8,64,48]{4,3,2,1,0})")
-    setup = tpu_cost.Setup("halonet_h0", 256, 16, f"{generation}:2x2")
-    record = json.loads(tpu_cost.KERNELS.read_text())["layers"]
-    one = record["H0 stage 1 (64x64, b8 h3, 4 x 16, d_v 16)"][generation]["backward_cycles"]
+    kernel = hlo.Operation(name, "kernel", 1, 0, 0, where, "(bf16[16,8,8,64,48]{4,3,2,1,0})")
+    setup = tpu_cost.Setup("halonet_h0", 256, 16, topology)
+    record = json.loads(tpu_kernels.RECORD.read_text())["layers"]
+    one = record["H0 stage 1 (64x64, b8 h3, 4 x 16, d_v 16)"][topology.partition(":")[0]][
+        "backward_cycles"
+    ]
     assert tpu_cost.with_kernel_cycles(kernel, setup).cycles == turns * one
 
 
 def test_heads_in_groups_are_shared_out_too():
     where, shape = "jit(f)/HaloNet/stage1_block1/attention/halo", "(bf16[32,8,14,196,112]{4})"
-    kernel = tpu_aot.Operation("halo_attention_forward", "kernel", 1, 0, 0, where, shape)
+    kernel = hlo.Operation("halo_attention_forward", "kernel", 1, 0, 0, where, shape)
     setup = tpu_cost.Setup("halonet_h5", 448, 16, "v5p:2x2x1")
-    record = json.loads(tpu_cost.KERNELS.read_text())["layers"]
+    record = json.loads(tpu_kernels.RECORD.read_text())["layers"]
     one = record["H5 stage 1 (112x112, b14 h2, 4 x 16, d_v 40)"]["v5p"]["forward_cycles"]
     assert tpu_cost.with_kernel_cycles(kernel, setup).cycles == 16 * one
 

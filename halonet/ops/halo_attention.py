@@ -110,9 +110,10 @@ def halo_attention(
             geometry.check_blocks(size, block, what)
     _check_shapes(arrays, spec)
     if implementation is None:
-        implementation = default_implementation(
-            jax.default_backend(), jax.device_count(), spec, k, v
-        )
+        # What is compiled ahead of time is for the platform of the default device.
+        target = jax.config.jax_default_device
+        platform = getattr(target, "platform", None) or jax.default_backend()
+        implementation = default_implementation(platform, jax.device_count(), spec, k, v)
     elif implementation not in IMPLEMENTATIONS:
         known = ", ".join(IMPLEMENTATIONS)
         raise ValueError(
