@@ -16,12 +16,12 @@ images, which are one group, instead of the recipe's 32.
 import hashlib
 import importlib.metadata
 import json
-import pathlib
 import sys
 import time
 
 import jax
 from absl import app, flags
+from etils import epath
 
 from configs import imagenet
 from experiments.tpu_kernels import code_hash
@@ -30,7 +30,7 @@ from halonet import tpu_kernels
 from halonet.files import write_whole
 from halonet.plan import plan
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = epath.Path(__file__).parent.parent
 RECORD, TABLE = ROOT / "docs" / "plans.json", ROOT / "docs" / "plans.md"
 BATCH = 4096
 # topology: examples per group of batch-norm statistics
@@ -71,16 +71,14 @@ def entries():
             yield f"{variant} on {topology}", config, topology
 
 
-def key_of(config, topology):
-    """A hash of all that a plan depends on."""
+def key_of(config, topology, sources):
+    """A hash of all that a plan depends on; `sources` is that of the code."""
     depends = {
         "config": config_lib.flatten(config),
         "topology": topology,
         "jax": jax.__version__,
         "libtpu": importlib.metadata.version("libtpu"),
-        "sources": code_hash(
-            path for name in SOURCES for path in sorted((ROOT / "halonet").glob(f"{name}.py"))
-        ),
+        "sources": sources,
         "kernels": tpu_kernels.RECORD.read_text(),
     }
     text = json.dumps(depends, sort_keys=True)
@@ -133,7 +131,9 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; all settings are flags")
     made = json.loads(RECORD.read_text()) if RECORD.exists() else {}
-    keys = {name: key_of(config, topology) for name, config, topology in entries()}
+    library = ROOT / "halonet"
+    sources = code_hash(it for name in SOURCES for it in sorted(library.glob(f"{name}.py")))
+    keys = {name: key_of(config, topology, sources) for name, config, topology in entries()}
     todo = [
         (name, config, topology)
         for name, config, topology in entries()

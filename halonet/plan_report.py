@@ -40,7 +40,7 @@ def lines(plan: dict[str, Any]) -> list[str]:
     if plan["flops"]:
         text.append(
             f"work          {plan['flops']['per_image'] / 1e9:.2f} GFLOP an image, "
-            f"{plan['flops']['per_step_and_device'] / 1e12:.2f} TFLOP a step and device"
+            f"{plan['flops']['per_step_and_device'] / 1e12:.3g} TFLOP a step and device"
         )
     for kind, it in (plan["collectives"] or {}).items():
         took = f", {1e3 * it['seconds']:.2f} ms if nothing hides them" if "seconds" in it else ""
@@ -85,9 +85,9 @@ def _fit(plan: dict[str, Any]) -> list[str]:
 def _memory(plan: dict[str, Any]) -> list[str]:
     memory = plan["memory"]
     shown = [
-        f"{name} {memory[kind] / 1e6:,.0f}"
+        f"{name} {memory[kind] / 1e6:,.{1 if memory[kind] < 1e7 else 0}f}"
         for kind, name in _KINDS.items()
-        if memory.get(kind, 0) >= 5e5
+        if memory.get(kind, 0) >= 5e4
     ]
     limit = f" of {memory['limit'] / GIB:.2f}" if memory["limit"] else ""
     total = f"memory        {memory['total'] / GIB:.2f}{limit} GiB a device"

@@ -131,3 +131,10 @@ def test_the_rate_is_measured():
     assert alone.images_per_second < 250
     assert threads.images_per_second > 2 * alone.images_per_second
     assert workers.images_per_second > 2 * alone.images_per_second
+
+
+def test_a_drawn_photograph_is_of_the_size_of_imagenets():
+    photograph = check.photograph()
+    assert photograph == check.photograph()
+    assert 100_000 < len(photograph) < 120_000
+    assert Image.open(io.BytesIO(photograph)).size == (500, 375)

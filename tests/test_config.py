@@ -268,6 +268,16 @@ def test_check_devices_asks_for_the_devices_there_are(monkeypatch):
         check_devices("eval.batch_size", 8)
 
 
+def test_a_configuration_is_checked_for_devices_that_are_not_there(config):
+    config.update_from_flattened_dict({"data.batch_size": 96, "model.bn_group": 32})
+    with pytest.raises(ConfigError, match="cannot be shared by 8 devices"):
+        validate(config, num_classes=10)
+    with pytest.raises(ConfigError, match=r"eval.batch_size=200 cannot be shared by 3 devices"):
+        validate(config, num_classes=10, devices=3)
+    config.eval.batch_size = 300
+    validate(config, num_classes=10, devices=3)
+
+
 @pytest.mark.parametrize(
     ("steps", "epochs", "examples", "total"),
     [(0, 2, 640, 20), (0, 1, 650, 10), (0, 1, 700, 11), (0, 1, 5, 1), (7, 3, 640, 7)],

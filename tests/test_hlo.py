@@ -71,3 +71,34 @@ def test_bytes_are_those_of_hbm_with_the_padding_of_tiles():
 def test_a_loop_of_unknown_length_is_refused():
     with pytest.raises(NotImplementedError, match="the loop while does not run a constant number"):
         operations(HLO.replace("constant(11)", "add(%state)"))
+
+
+def test_a_loop_of_known_length_needs_no_counter():
+    known = HLO.replace("constant(11)", "add(%state)").replace(
+        "body=%body\n", 'body=%body, backend_config={"known_trip_count":{"n":"7"}}\n'
+    )
+    assert operations(known)["fusion.1"].times == 7
+
+
+@pytest.mark.parametrize(
+    ("line", "kind", "found"),
+    [
+        ("f32[10,2]{1,0} all-reduce(%x), replica_groups={{0,1},{2,3}}", "all-reduce", (1, 80, 2)),
+        ("f32[10,2]{1,0} all-reduce(%x), replica_groups=[2,4]<=[8]", "all-reduce", (1, 80, 4)),
+        ("f32[10,2]{1,0} all-reduce-start(%x), to_apply=%f", "all-reduce", (1, 80, 0)),
+        # These hold what goes in, too.
+        (
+            "(f32[5,2]{1,0}, f32[10,2]{1,0}) all-gather-start(%x), replica_groups=[4,2]<=[8]",
+            "all-gather",
+            (1, 80, 2),
+        ),
+        (
+            "(f32[10,2]{1,0}, f32[10,2]{1,0}) collective-permute-start(%x)",
+            "collective-permute",
+            (1, 80, 0),
+        ),
+    ],
+)
+def test_collectives_are_counted_with_their_bytes_and_groups(line, kind, found):
+    text = f"ENTRY %main (x: f32[10,2]) -> f32[10,2] {{\n  ROOT %it = {line}\n}}\n"
+    assert hlo.collectives(tuple(hlo.operations(text))) == {kind: [found]}

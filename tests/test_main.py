@@ -219,6 +219,28 @@ def test_evaluation_without_a_run(refused, tmp_path):
     assert not workdir.exists()
 
 
+def test_a_plan_needs_no_workdir_but_a_known_topology(refused):
+    code, message = refused(MNIST, "--mode=plan", "--plan.topology=v5e:3x3")
+    assert code == 2
+    assert message == (
+        "--plan.topology: topology 'v5e:3x3' is none that is known; there are v5e: 1x1 2x2 2x4 4x4 "
+        "4x8 8x8 8x16 16x16; and cpu:N"
+    )
+
+
+def test_flags_of_a_plan_are_its_arguments(monkeypatch):
+    given = {}
+    monkeypatch.setattr(runtime, "enable_compilation_cache", lambda: None)
+    monkeypatch.setattr("halonet.plan.plan", lambda config, **settings: given.update(settings))
+    flag = {"topology": "cpu:8", "classes": 7, "examples": 70, "out": "plan.json"}
+    argv = ["main.py", MNIST, "--mode=plan", *(f"--plan.{k}={v}" for k, v in flag.items())]
+    monkeypatch.setattr(sys, "argv", argv)
+    with flagsaver.flagsaver():
+        main.main(parse_flags(argv))
+        flags.FLAGS.unparse_flags()
+    assert given == flag
+
+
 def test_workdir_of_another_configuration(refused, tmp_path):
     other = mnist.get_config()
     other.data.batch_size = 256

@@ -12,6 +12,7 @@ from configs import imagenet, mnist
 from halonet import aot, fit, plan, plan_report
 from halonet.config import ConfigError
 from halonet.data.errors import DataError
+from halonet.models import create_model
 
 ROOT = plan.files.epath.Path(__file__).parent.parent
 KEYS = {
@@ -35,6 +36,22 @@ def quick_input(monkeypatch):
     monkeypatch.setattr(plan, "images_per_core_second", lambda config: whole(config, 0.01))
 
 
+@pytest.fixture
+def one_block(monkeypatch):
+    """A model of one block of attention, compiled in a hurry."""
+
+    def build(config, *, num_classes):
+        fields = {"depths": (1,), "plan": "h", "widths": (16,), "heads": (2,)}
+        fields["bn_group"] = config.model.bn_group
+        return create_model("halonet_tiny", num_classes=num_classes, **fields)
+
+    whole = jax.stages.Lowered.compile
+    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda self: whole(self, options))
+    monkeypatch.setattr(plan.config_lib, "build_model", build)
+
+
+@pytest.mark.usefixtures("one_block")
 def test_a_plan_for_cpus(tmp_path, capsys):
     out = tmp_path / "plan.json"
     found = plan.plan(tiny(), topology="cpu:8", out=out)
@@ -48,12 +65,12 @@ def test_a_plan_for_cpus(tmp_path, capsys):
         "devices_per_chip": 0,
         "mesh": {"data": 8, "fsdp": 1},
     }
-    # One all-reduce, of all gradients and batch statistics and the sums of the metrics.
+    # One all-reduce, of all gradients and batch statistics, and the sums of the metrics.
     memory, exchanged = found["memory"], found["collectives"]
     assert exchanged.keys() == {"all-reduce"}
     held = memory["parameters"] + memory["batch_statistics"]
     assert exchanged["all-reduce"]["count"] == 1
-    assert held < exchanged["all-reduce"]["bytes"] < held + 100
+    assert held < exchanged["all-reduce"]["bytes"] < 1.3 * held
     assert memory["averages"] == held
     assert memory["optimizer"] > 2 * memory["parameters"]  # two moments
     assert memory["batch"] == 2 * (32 * 32 * 3 + 4)

@@ -28,6 +28,9 @@ def test_the_mesh_takes_all_devices():
     ):
         mesh = sharding.make_mesh(**asked)
         assert dict(mesh.shape) == dict(zip(("data", "fsdp", "rows"), found, strict=True))
+    some = jax.devices()[:4]
+    for asked in ({"fsdp": 2}, {"rows": 2}):
+        assert sharding.make_mesh(**asked, devices=some).devices.flatten().tolist() == some
 
 
 def test_the_devices_of_an_image_are_of_one_process_and_side_by_side():
