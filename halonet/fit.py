@@ -34,7 +34,11 @@ class Trial:
 
 
 def compile_sizes(
-    compiling: Callable[[int], Callable[[], Trial]], wanted: int, unit: int
+    compiling: Callable[[int], Callable[[], Trial]],
+    wanted: int,
+    unit: int,
+    limit: float,
+    patience: float = 60.0,
 ) -> list[Trial]:
     """Compiles the size that is wanted, and others until two fit or the limit lies between two.
 
@@ -44,30 +48,65 @@ def compile_sizes(
       compiling: images of a device -> what compiles as many, to be called in a thread.
       wanted: images of a device.
       unit: a size must be a multiple of it, unless nothing else fits.
+      limit: bytes of a device.
+      patience: seconds to wait for the first size alone. What is far too large is refused early,
+        and what is a little too large takes longest, as the compiler tries to save memory.
 
     Returns:
       The trials by size.
     """
-    second = smaller(wanted, unit) if wanted >= 2 * unit else 2 * wanted
-    asked, trials = [wanted, second], []
-    waiting, running = list(asked), set()
+    trials: list[Trial] = []
+    running: dict[concurrent.futures.Future, int] = {}
+    asked: list[int] = []
+
+    def start(size: int) -> None:
+        asked.append(size)
+        running[pool.submit(compiling(size))] = size
+
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        while waiting or running:
-            while waiting and len(running) < 2:
-                running.add(pool.submit(compiling(waiting.pop(0))))
-            done, running = concurrent.futures.wait(
-                running, return_when=concurrent.futures.FIRST_COMPLETED
+        start(wanted)
+        concurrent.futures.wait(running, timeout=patience)
+        while running:
+            done, _ = concurrent.futures.wait(
+                running, timeout=0, return_when=concurrent.futures.FIRST_COMPLETED
             )
-            for trial in (it.result() for it in done):
-                trials.append(trial)
-                if trial.fits or trial.images > wanted:
-                    continue
-                # Where no whole group lies between it and the next smaller, that one tells enough.
-                least = min(asked)
-                if least > 1 and (least == trial.images or trial.images - least > unit):
-                    asked.append(smaller(least, unit))
-                    waiting.append(asked[-1])
+            for future in done:
+                trials.append(future.result())
+                del running[future]
+            hopeful = [*running.values(), *(trial.images for trial in trials if trial.fits)]
+            size = 0
+            if len(hopeful) < 2:
+                size = _next_size(trials, asked, hopeful, wanted, unit, limit)
+            if size:
+                start(size)
+            elif running:
+                concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
     return sorted(trials, key=lambda trial: trial.images)
+
+
+def _next_size(
+    trials: Sequence[Trial],
+    asked: Sequence[int],
+    hopeful: Sequence[int],
+    wanted: int,
+    unit: int,
+    limit: float,
+) -> int:
+    """What to compile beside what runs or fits (`hopeful`); 0: nothing."""
+    refused = [trial for trial in trials if not trial.fits and trial.images <= wanted]
+    if not refused:
+        second = smaller(wanted, unit) if wanted >= 2 * unit else 2 * wanted
+        return 0 if second in asked else second
+    lowest, least = min(refused, key=lambda trial: trial.images), min(asked)
+    # Where no whole group lies between it and one that fits, there is no more to know.
+    if least == 1 or any(lowest.images - size <= unit for size in hopeful):
+        return 0
+    size = smaller(least, unit)
+    if lowest.needed:
+        # Half of what its bytes say: they are what is left after the compiler has saved some.
+        guess = int(lowest.images * limit / lowest.needed / 2) // unit * unit
+        size = min(size, guess) if guess else size
+    return size
 
 
 def smaller(images: int, unit: int) -> int:

@@ -187,7 +187,11 @@ def plan(
     wanted = config.data.batch_size // shares
     unit = config.model.bn_group * config.train.accumulate
     compiling = functools.partial(start_compiling, config, data, target, shares)
-    trials = compile_sizes(compiling, wanted, unit) if target.chip else [compiling(wanted)()]
+    trials = (
+        [compiling(wanted)()]
+        if not target.chip
+        else compile_sizes(compiling, wanted, unit, target.limit)
+    )
     fitting = [trial for trial in trials if trial.fits and trial.images <= wanted]
     best = fitting[-1] if fitting else None
     found = {

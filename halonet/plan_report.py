@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 GIB = 2**30
@@ -58,12 +59,13 @@ def lines(plan: dict[str, Any]) -> list[str]:
         )
     if plan["largest_batch"]:
         most = plan["largest_batch"]
+        far = most["images_per_device"] > 4 * plan["trials"][-1]["images_per_device"]
         text.append(
             f"largest batch {most['images_per_device']} images a device ({most['batch_size']:,}), "
-            f"by the memory of {_sizes(plan)}"
+            f"by the memory of {_sizes(plan)}" + (", far from both" if far else "")
         )
     if images["compiled"] and images["compiled"] < images["wanted"]:
-        text.append(_advice(images["wanted"], images["compiled"], plan))
+        text.append(_advice(images["wanted"], plan["largest_batch"]["images_per_device"], plan))
     text.append(f"planned in {plan['plan_seconds']:.0f} s")
     return text
 
@@ -119,8 +121,8 @@ def _time(plan: dict[str, Any]) -> list[str]:
             f"a factor of {seconds['kernels_guessed_within']:.1f}; the range above has it in"
         )
     text.append(
-        f"schedule      {plan['schedule']['steps']:,} steps: {days['estimate']:.2f} days "
-        f"({days['low']:.2f} to {days['high']:.2f}), without evaluation and checkpoints"
+        f"schedule      {plan['schedule']['steps']:,} steps: {days['estimate']:.3g} days "
+        f"({days['low']:.3g} to {days['high']:.3g}), without evaluation and checkpoints"
     )
     return text
 
@@ -136,10 +138,14 @@ def _sizes(plan: dict[str, Any]) -> str:
 
 
 def _advice(wanted: int, fitting: int, plan: dict[str, Any]) -> str:
-    """What makes the same step in less memory."""
-    parts = plan["settings"]["train.accumulate"] * -(-wanted // fitting)
-    text = f"--config.train.accumulate={parts} makes the step of {wanted} images a device of parts"
+    """What makes the same step in less memory: parts of equal size, none above what fits."""
+    parts = next(it for it in range(1, wanted + 1) if wanted % it == 0 and wanted // it <= fitting)
+    accumulate = plan["settings"]["train.accumulate"] * parts
+    text = (
+        f"--config.train.accumulate={accumulate} makes the step of {wanted} images a device of "
+        "parts that fit"
+    )
     group = plan["settings"]["model.bn_group"]
-    if fitting < group:
-        text += f" (with --config.model.bn_group={fitting})"
+    if (wanted // accumulate) % group:
+        text += f" (with --config.model.bn_group={math.gcd(wanted // accumulate, group)})"
     return f"instead       {text}; --config.model.remat=attention or block needs less memory too"

@@ -38,7 +38,7 @@ class Compiler:
 )
 def test_sizes_are_compiled_until_two_fit_or_none_is_left(limit, asked, most):
     compiler = Compiler(limit)
-    trials = compile_sizes(compiler, 64, unit=32)
+    trials = compile_sizes(compiler, 64, 32, limit)
     assert set(compiler.asked) == asked
     assert [trial.images for trial in trials] == sorted(asked)
     assert largest(trials, 32, limit) == most
@@ -47,22 +47,22 @@ def test_sizes_are_compiled_until_two_fit_or_none_is_left(limit, asked, most):
 @pytest.mark.parametrize(("limit", "most"), [(10_000, 960), (739, 32)])
 def test_of_one_group_the_double_is_compiled_too(limit, most):
     compiler = Compiler(limit)
-    trials = compile_sizes(compiler, 32, unit=32)
+    trials = compile_sizes(compiler, 32, 32, limit)
     assert set(compiler.asked) == {32, 64}
     assert largest(trials, 32, limit) == most
 
 
 def test_where_nothing_fits_each_size_is_asked_once():
     compiler = Compiler(limit=0)
-    trials = compile_sizes(compiler, 16, unit=1)
+    trials = compile_sizes(compiler, 16, 1, compiler.limit)
     assert sorted(compiler.asked) == [1, 2, 4, 8, 16]
     assert largest(trials, 1, compiler.limit) == 0
 
 
 def test_far_below_what_is_refused_two_sizes_make_a_line():
     compiler = Compiler(FIXED + 300 * EACH)
-    trials = compile_sizes(compiler, 512, unit=32)
-    assert set(compiler.asked) == {512, 256, 128}
+    trials = compile_sizes(compiler, 512, 32, compiler.limit)
+    assert sorted(compiler.asked) == [64, 128, 512]  # 256 would hardly fit and takes long
     assert largest(trials, 32, compiler.limit) == 288
 
 
@@ -89,7 +89,7 @@ def test_an_error_of_the_compiler_is_not_swallowed():
         return fail
 
     with pytest.raises(RuntimeError, match="Mosaic failed"):
-        compile_sizes(compiling, 8, 8)
+        compile_sizes(compiling, 8, 8, 100)
 
 
 @pytest.mark.parametrize(
