@@ -121,6 +121,12 @@ def _row(found):
     return f"| {' | '.join(cells)} |"
 
 
+def write(record):
+    """Writes the record and its table."""
+    write_whole(RECORD, json.dumps(record, indent=1) + "\n")
+    write_whole(TABLE, render(record))
+
+
 def define_flags():
     """Not on import: tests import this beside other command lines."""
     flags.DEFINE_string("match", "", "only the plans whose name contains this")
@@ -144,9 +150,9 @@ def main(argv):
         print(f"{number}/{len(todo)} {name}", file=sys.stderr, flush=True)
         made[name] = {"key": keys[name], "plan": plan(config, topology=topology)}
         made = {name: made[name] for name in keys if name in made}
-        write_whole(RECORD, json.dumps(made, indent=1) + "\n")
-        write_whole(TABLE, render(made))
+        write(made)
         print(f"  {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+    write(made)
     print(render(made), end="")
 
 

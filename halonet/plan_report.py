@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from typing import Any
 
 GIB = 2**30
@@ -22,7 +23,8 @@ _KINDS = {
 
 def show(plan: dict[str, Any]) -> None:
     """Prints what `halonet.plan.plan` has found."""
-    print("\n".join(lines(plan)))
+    for line in lines(plan):
+        print(textwrap.fill(line, 100, subsequent_indent=" " * 14, break_long_words=False))
 
 
 def lines(plan: dict[str, Any]) -> list[str]:
@@ -122,7 +124,8 @@ def _time(plan: dict[str, Any]) -> list[str]:
         )
     text.append(
         f"schedule      {plan['schedule']['steps']:,} steps: {days['estimate']:.3g} days "
-        f"({days['low']:.3g} to {days['high']:.3g}), without evaluation and checkpoints"
+        f"({days['low']:.3g} to {days['high']:.3g} by that measure), without "
+        "evaluation and checkpoints"
     )
     return text
 
