@@ -9,15 +9,17 @@ one. Nothing is executed.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import SingleDeviceSharding
 
 from halonet import hlo
@@ -170,6 +172,19 @@ def topology(name: str, apart: bool = False) -> Any:
     return found
 
 
+@contextlib.contextmanager
+def uncached() -> Iterator[None]:
+    """A context without the cache of programs: what is for a TPU comes back only where one is."""
+    before = jax.config.jax_enable_compilation_cache
+    try:
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
+
+
 def compile_for(
     function: Callable,
     *arguments: Any,
@@ -199,7 +214,7 @@ def compile_for(
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
     # Pallas asks the default device what kind of TPU it lowers for, and so does halo_attention.
-    with jax.default_device(device):
+    with jax.default_device(device), uncached():
         jitted = jax.jit(function, donate_argnums=donate)
         compiled = jitted.lower(*jax.tree.map(placed, arguments)).compile()
     found = tuple(hlo.operations(compiled.as_text()))

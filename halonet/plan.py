@@ -187,11 +187,11 @@ def plan(
     wanted = config.data.batch_size // shares
     unit = config.model.bn_group * config.train.accumulate
     compiling = functools.partial(start_compiling, config, data, target, shares)
-    trials = (
-        [compiling(wanted)()]
-        if not target.chip
-        else compile_sizes(compiling, wanted, unit, target.limit)
-    )
+    if target.chip:
+        with aot.uncached():
+            trials = compile_sizes(compiling, wanted, unit, target.limit)
+    else:
+        trials = [compiling(wanted)()]
     fitting = [trial for trial in trials if trial.fits and trial.images <= wanted]
     best = fitting[-1] if fitting else None
     found = {
@@ -430,18 +430,9 @@ def _seconds(
 def images_per_core_second(config: ConfigDict, seconds: float = 1.0) -> float:
     """Training images that a core of this machine makes, by the configuration's own view.
 
-    Of a drawn photograph, or of pixels for data sets that hold such. In time of the processor, so
-    that what else runs does not count.
+    Of a drawn photograph, or of pixels for data sets that hold such.
     """
-    view, rng = config_lib.random_view(config), np.random.default_rng(0)
-    size = config.data.image_size
-    pixels = config.data.name == "mnist5k" or config.data.name.startswith("fake:")
-    image = (
-        rng.integers(256, size=(size, size, 3), dtype=np.uint8) if pixels else check.photograph()
-    )
-    view(image, rng)  # what starting costs
-    count, began, stop = 0, time.thread_time(), time.perf_counter() + seconds
-    while count == 0 or time.perf_counter() < stop:
-        view(image, rng)
-        count += 1
-    return count / (time.thread_time() - began)
+    size, name = config.data.image_size, config.data.name
+    pixels = name == "mnist5k" or name.startswith("fake:")
+    image = np.full((size, size, 3), 128, np.uint8) if pixels else check.photograph()
+    return check.core_rate(config_lib.random_view(config), image, seconds)

@@ -27,6 +27,14 @@ def test_sums_of_a_program():
     assert program.roofline_cycles(operations()["fusion.1"]) == pytest.approx(max(in_loop, 770))
 
 
+def test_programs_for_absent_tpus_are_not_kept():
+    """The cache of programs gives back none of them: reading one fails, with a warning."""
+    before = jax.config.jax_enable_compilation_cache
+    with aot.uncached():
+        assert not jax.config.jax_enable_compilation_cache
+    assert jax.config.jax_enable_compilation_cache == before
+
+
 def test_unknown_topologies_are_refused():
     with pytest.raises(ValueError, match=r"'v9:2x2' is none that is known; there are v2: 2x2 4x4"):
         aot.topology("v9:2x2")

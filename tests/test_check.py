@@ -138,3 +138,12 @@ def test_a_drawn_photograph_is_of_the_size_of_imagenets():
     assert photograph == check.photograph()
     assert 100_000 < len(photograph) < 120_000
     assert Image.open(io.BytesIO(photograph)).size == (500, 375)
+
+
+def test_the_rate_of_a_core_counts_what_the_view_takes():
+    def view(image, rng):
+        began = time.thread_time()
+        while time.thread_time() < began + 0.01:
+            pass
+
+    assert check.core_rate(view, b"", seconds=0.05) == pytest.approx(100, rel=0.1)

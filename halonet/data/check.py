@@ -172,6 +172,22 @@ def _rate(batches, batch_size: int, seconds: float, clock: Callable[[], float]) 
     return images / (clock() - began)
 
 
+def core_rate(view: pipeline.Augment, image: bytes | np.ndarray, seconds: float) -> float:
+    """Images a second that a core makes of one, in time of the processor: what else runs is not in.
+
+    Args:
+      view: (image, rng) -> the square that training sees.
+      seconds: of the clock.
+    """
+    rng = np.random.default_rng(0)
+    view(image, rng)  # what starting costs
+    count, began, stop = 0, time.thread_time(), time.perf_counter() + seconds
+    while count == 0 or time.perf_counter() < stop:
+        view(image, rng)
+        count += 1
+    return count / (time.thread_time() - began)
+
+
 def photograph() -> bytes:
     """A drawn JPEG that is about as much work as one of ImageNet's: 500x375 pixels, 110 kB.
 
