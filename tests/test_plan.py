@@ -63,7 +63,7 @@ def test_a_plan_for_cpus(tmp_path, capsys):
         "chips": 0,
         "devices": 8,
         "devices_per_chip": 0,
-        "mesh": {"data": 8, "fsdp": 1},
+        "mesh": {"data": 8, "fsdp": 1, "rows": 1},
     }
     # One all-reduce, of all gradients and batch statistics, and the sums of the metrics.
     memory, exchanged = found["memory"], found["collectives"]
