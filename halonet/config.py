@@ -276,11 +276,9 @@ def validate(config: ConfigDict, *, num_classes: int, devices: int = 0) -> HaloN
         model.check_fields()
     except ValueError as error:
         raise ConfigError(f"config.model: {error}") from error
-    rows = config.mesh.rows
+    batch, parts, rows = config.data.batch_size, config.train.accumulate, config.mesh.rows
     check_image_size(model, config.data.image_size, rows)
-    batch, parts = config.data.batch_size, config.train.accumulate
-    group = config.model.bn_group
-    check_devices("data.batch_size", batch, group, parts, rows, devices=devices)
+    check_devices("data.batch_size", batch, config.model.bn_group, parts, rows, devices)
     if batch % config.augment.repeats:
         repeats = config.augment.repeats
         raise ConfigError(
@@ -361,13 +359,7 @@ def check_image_size(model: HaloNet, size: int, rows: int = 1) -> None:
 
 
 def check_devices(
-    key: str,
-    batch_size: int,
-    bn_group: int = 1,
-    parts: int = 1,
-    rows: int = 1,
-    *,
-    devices: int = 0,
+    key: str, batch_size: int, bn_group: int = 1, parts: int = 1, rows: int = 1, devices: int = 0
 ) -> None:
     """Refuses a batch that devices cannot share in parts of whole groups of batch-norm examples.
 
