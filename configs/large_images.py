@@ -7,14 +7,13 @@ For what is lost in 256 px: sections under a microscope, the ground from above, 
 folder is as for configs/finetune.py, and so is all that is not below; the weights are those of any
 run of H0 (configs/imagenet.py:halonet_h0), whose blocks and tables do not depend on the size.
 
-Hardware: none that this was run on; meant for 32 devices of 16 GB, such as a slice v5e-32, in hosts
-of four or eight, since the devices of an image are of one process. On four of them
---config.train.accumulate=8 makes the same step. A group of batch norm is four images: some 11 GiB
-on each of its four devices, by what XLA's compiler for v5e counts at 1024 px (2.8 GiB, against 2.4
-for one image on one device), so that no device could hold the four by itself. Other sizes have
-whole rows of blocks on every device if they are multiples of 256 px times mesh.rows. Accuracy
-depends on the photographs: none is published, and that of H0 at 256 px was not reproduced here.
-Every number below is ours.
+Hardware: none that this was run on; meant for 32 devices of 16 GB, such as a slice v5e:4x8, in
+hosts of four or eight, since the devices of an image are of one process. On four of them
+--config.train.accumulate=8 makes the same step. Whether it fits, --mode=plan --plan.classes=N
+--plan.examples=N --plan.topology=v5e:4x8 says. A group of batch norm is four images, spread over
+four devices. Other sizes have whole rows of blocks on every device if they are multiples of 256 px
+times mesh.rows. Accuracy depends on the photographs: none is published, and that of H0 at 256 px
+was not reproduced here. Every number below is ours.
 """
 
 from configs import finetune
