@@ -64,8 +64,7 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
       ConfigError: where it does not fit the devices.
     """
     try:
-        shape = {name: config.mesh[name] for name in ("data", "fsdp", "rows")}
-        return sharding.make_mesh(**shape, devices=devices)
+        return sharding.make_mesh(**config.mesh.to_dict(), devices=devices)
     except ValueError as error:
         raise ConfigError(f"config.{error}") from error
 
