@@ -168,8 +168,8 @@ def test_unusable_command_line(refused, monkeypatch, arguments, mentioned):
         (
             ["--config.data.batch_size=256", "--config.mesh.fsdp=3"],
             2,
-            "config.mesh.data=0 x mesh.fsdp=3 x mesh.rows=1 does not fit 8 devices; mesh.fsdp can be "
-            "one of [1, 2, 4, 8], and mesh.data=0 takes the rest",
+            "config.mesh.data=0 x mesh.fsdp=3 x mesh.rows=1 does not fit 8 devices; mesh.fsdp can "
+            "be one of [1, 2, 4, 8], and mesh.data=0 takes the rest",
         ),
         (
             ["--config.data.name=imagenet2012", "--config.data.data_dir=/nowhere/data"],
