@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from halonet import checkpoint, recipe, sharding, steps, train
+from halonet import aot, checkpoint, recipe, sharding, steps, train
 from halonet import config as config_lib
 from halonet.models import create_model, layers, pool
 from halonet.ops import IMPLEMENTATIONS, halo_attention, on_each_device, table_size, with_neighbours
@@ -242,9 +242,7 @@ def test_a_step_is_that_of_one_device(mesh, overrides):
 @pytest.mark.middle
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs the extra tpu-aot")
 def test_the_step_compiles_for_a_tpu_with_the_fused_kernel():
-    from experiments import tpu_aot
-
-    devices = np.array(tpu_aot.topology("v5e:2x2").devices).reshape(1, 1, 4)
+    devices = np.array(aot.topology("v5e:2x2").devices).reshape(1, 1, 4)
     mesh = jax.sharding.Mesh(devices, ("data", "fsdp", "rows"), axis_types=(AxisType.Auto,) * 3)
     # Mixing draws from a distribution by a loop of as many trips as it takes, which has no cost.
     settings = {"model.dtype": "bfloat16", "augment.mixup": 0.0}
@@ -254,7 +252,7 @@ def test_the_step_compiles_for_a_tpu_with_the_fused_kernel():
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
         jax.eval_shape(init, jax.random.key(0)),
     )
-    program = tpu_aot.compile_for(step, state, batch)
+    program = aot.compile_for(step, state, batch)
     assert sum(op.kind == "kernel" for op in program.operations) == 4
     assert program.collectives.keys() == {"collective-permute", "all-reduce"}
 
