@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import tarfile
+import time
 
 import numpy as np
 import pytest
@@ -132,6 +133,8 @@ def test_from_archives_to_an_evaluated_model(manual_dir, tmp_path):
     for line in process.stdout:
         if line.startswith("compiled the step"):
             break
+    while process.poll() is None and not rows(stopped, "train/"):
+        time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=300)
     assert process.returncode == 75, out
