@@ -9,7 +9,7 @@ ARGS ?=
 # Tests are spread over the cores, but not over more processes than memory likes.
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$(( n > 8 ? 8 : n )))
 
-.PHONY: help install tpu-aot demo test middle long parity bench lint lock
+.PHONY: help install tpu-aot docs-env docs demo test middle long parity bench lint lock
 
 help:
 	@echo "make demo    train halonet_tiny on 4,000 digits and show what came of it (runs/demo)"
@@ -18,6 +18,8 @@ help:
 	@echo "make long    the exhaustive ones; records their results in tests/records/"
 	@echo "make parity  compares with timm, lucidrains and MindCV, installed apart (6 GB)"
 	@echo "make tpu-aot install libtpu (210 MB): compiles for TPUs on any machine"
+	@echo "make docs-env install what only docs and notebooks need"
+	@echo "make docs    the documentation as a site of files: site/index.html"
 	@echo "make bench   how fast, beside timm, lucidrains and kecam; writes docs/bench_peers_cpu.*"
 	@echo "make lint    ruff, format and lint"
 	@echo "make lock    resolve requirements.txt anew (needs uv)"
@@ -61,15 +63,21 @@ $(MINDCV)/installed: tests/parity/requirements-mindcv.txt
 	@touch $@
 
 tpu-aot: $(VENV)/tpu-aot
+docs-env: $(VENV)/docs
 
-# What compiles for TPUs, beside the rest, and only where somebody asks for it.
-$(VENV)/tpu-aot: requirements-tpu-aot.txt $(VENV)/installed
+# What compiles for TPUs, and what docs and notebooks need: beside the rest, which does not move, and
+# only where somebody asks for it.
+$(VENV)/tpu-aot $(VENV)/docs: $(VENV)/%: requirements-%.txt $(VENV)/installed
 	@if command -v uv >/dev/null; then \
-	  uv pip install --quiet --python $(BIN)/python -r requirements-tpu-aot.txt; \
+	  uv pip install --quiet --python $(BIN)/python -r $<; \
 	else \
-	  $(BIN)/python $(PIP_INSTALL) -r requirements-tpu-aot.txt; \
+	  $(BIN)/python $(PIP_INSTALL) -r $<; \
 	fi
 	@touch $@
+
+# Fonts, scripts and pictures are all in site/, which any file server or a browser opens.
+docs: docs-env
+	@PYTHONPATH=. $(BIN)/mkdocs build --strict --quiet
 
 demo: install
 	@$(RUN) main.py --config=configs/demo.py --workdir=$(WORKDIR) $(ARGS)
