@@ -37,7 +37,11 @@ def model_table() -> str:
                 variant.origin,
             ]
         )
-    left = (0, 4, 5, 9)
+    return markdown_table(rows, left=(0, 4, 5, 9))
+
+
+def markdown_table(rows: Sequence[Sequence[object]], left: Sequence[int]) -> str:
+    """Rows, the head first, as a table of Markdown; the columns of `left` are text."""
     head, *body = _aligned(rows, left)
     # Numbers stand at the right of their columns also where the Markdown is rendered.
     ends = ["-" if column in left else ":" for column in range(len(head))]
