@@ -157,10 +157,11 @@ def draw(path: pathlib.Path) -> None:
                 one.bar(4 * number + place, height, 0.85, bottom, color=color)
                 bottom += height
         ticks += [4 * number + place for place in range(3)]
-        labels += ["windows\nfirst", "q, k, v\nfirst", "3 × 3"]
+        labels += "ABC"
         top = f"stage {number + 1}: C = {layer.channels}"
         one.text(4 * number + 1, 1.01, top, ha="center", transform=one.get_xaxis_transform())
-    one.set_xticks(ticks, labels, fontsize=7)
+    one.set_xticks(ticks, labels)
+    one.set_xlabel("A: windows, then q, k, v   B: q, k, v, then windows   C: 3 × 3 convolution")
     one.set_ylabel("multiply-adds of a pixel, in C²")
     one.set_title("One layer of H1: block 8, halo 3", pad=20)
 

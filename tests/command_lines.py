@@ -1,4 +1,4 @@
-"""Commands as documents hold them: found in a page, and their flags read by the programs themselves.
+"""Commands as documents hold them: found in a page, and their flags read by their programs.
 
 Nothing is run here: a program's own parser reads the flags, and what would follow is left out.
 """
@@ -20,7 +20,6 @@ import main
 from halonet.config import check_values, parse_flags
 from halonet.data import __main__ as data_main
 from halonet.models import __main__ as models_main
-from halonet.models.convert import __main__ as convert_main
 from launch import __main__ as launch_main
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -54,22 +53,20 @@ def inline(page: str) -> list[str]:
     return [" ".join(it.split()) for it in re.findall(r"`([^`]+)`", FENCE.sub("", page))]
 
 
-def commands(page: str) -> list[str]:
-    """The commands of a page that are not marked as needing hardware, each once.
+def commands(*pages: str) -> list[str]:
+    """The commands of pages that are not marked as needing hardware, each once.
 
-    The name of a program alone (`python -m launch render`) is none where the page has a command
-    that begins with it.
+    The name of a program alone (`python -m launch render`) is none where a command begins with it.
     """
-    found = [
-        line
-        for block in blocks(page)
-        if not block.hardware and not block.language
-        for line in lines_of(block)
-    ]
-    named = [it for it in inline(page) if PROGRAM.match(it)]
-    longer = tuple(found + named)
-    found += [it for it in named if not any(other.startswith(f"{it} ") for other in longer)]
-    return list(dict.fromkeys(found))
+    found = []
+    for page in pages:
+        for block in blocks(page):
+            if not block.hardware and not block.language:
+                found += lines_of(block)
+        found += [it for it in inline(page) if PROGRAM.match(it)]
+    names = {it for it in found if re.fullmatch(r"python (-m )?[\w. ]+", it)}
+    names = {it for it in names if any(other.startswith(f"{it} ") for other in found)}
+    return [it for it in dict.fromkeys(found) if it not in names]
 
 
 def read_by_main(arguments, monkeypatch):
@@ -85,33 +82,39 @@ class Read(BaseException):  # nothing that a program catches
     """A program has read its flags."""
 
 
-def read_by_script(module, arguments, monkeypatch):
-    """The flags of a script of experiments/, which is started and goes no further."""
-    source = (ROOT / f"{module.replace('.', '/')}.py").read_text()
-    if not re.search(r"^(import|from) (argparse|absl)", source, re.MULTILINE):
-        assert not arguments, f"{module} has no flags"
-        return
-    read = argparse.ArgumentParser.parse_args
+def read_by_script(path, arguments, monkeypatch):
+    """The flags of a script of this repository, which is started and goes no further.
 
-    def stop(parser, *given, **kwargs):
-        read(parser, *given, **kwargs)
+    Returns:
+      What is left of the arguments.
+    """
+    source = (ROOT / path).read_text()
+    if not arguments or not re.search(r"^(import|from) (argparse|absl)", source, re.MULTILINE):
+        return arguments
+    parse, left = argparse.ArgumentParser.parse_args, []
+
+    def parse_args(parser, *given, **kwargs):
+        parse(parser, *given, **kwargs)
         raise Read
 
-    def run(*_, **__):
-        assert flags.FLAGS(sys.argv)[1:] == []
+    def run(_, flags_parser=flags.FLAGS):
+        left.extend(flags_parser(sys.argv)[1:])
         raise Read
 
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
     monkeypatch.setattr(absl.app, "run", run)
-    monkeypatch.setattr(sys, "argv", [module, *arguments])
+    monkeypatch.setattr(sys, "argv", [path, *arguments])
     # Of this process the flags of all that tests import; a script defines its own.
     for name in ("__flags", "__flags_by_module", "__flags_by_module_id", "__key_flags_by_module"):
         monkeypatch.setitem(flags.FLAGS.__dict__, name, {})
     try:
-        runpy.run_module(module, run_name="__main__")
+        runpy.run_path(str(ROOT / path), run_name="__main__")
     except Read:
-        return
-    raise AssertionError(f"{module} has not read its flags")
+        return left
+    finally:
+        flags.FLAGS.unparse_flags()
+        flags.FLAGS.set_gnu_getopt(False)
+    raise AssertionError(f"{path} has not read its flags")
 
 
 def read(command, monkeypatch, folder):
@@ -133,12 +136,8 @@ def read(command, monkeypatch, folder):
             monkeypatch.setattr(models_main, name, lambda *_: "")
         assert models_main.main(words[3:]) == 0
     elif words[:3] == ["python", "-m", "halonet.models.convert"]:
-        monkeypatch.setattr(convert_main, "convert", lambda *_, **__: "")
-        monkeypatch.setattr(convert_main, "convert_back", lambda *_: "")
-        with flagsaver.flagsaver():
-            convert_main.main(convert_main.parse_flags(words[2:]))
-            flags.FLAGS.unparse_flags()
-            flags.FLAGS.set_gnu_getopt(False)
+        left = read_by_script("halonet/models/convert/__main__.py", words[3:], monkeypatch)
+        assert len(left) == 2
     elif words[:4] == ["python", "-m", "launch", "rehearse"]:
         started = []
         monkeypatch.setattr(launch_main.Rehearsal, "run", lambda it: started.append(it) or 0)
@@ -151,7 +150,8 @@ def read(command, monkeypatch, folder):
         words = [it.replace("--runs=", f"--runs={folder}/") for it in words]
         assert launch_main.main(words[3:]) == 0
     elif words[:2] == ["python", "-m"]:
-        read_by_script(words[2], words[3:], monkeypatch)
+        path = f"{words[2].replace('.', '/')}.py"
+        assert read_by_script(path, words[3:], monkeypatch) == []
     elif words[0] == "make":
         makefile = (ROOT / "Makefile").read_text()
         for word in words[1:]:
@@ -162,7 +162,17 @@ def read(command, monkeypatch, folder):
             else:
                 assert re.search(rf"^{word}:", makefile, re.MULTILINE), word
         if "bench" in words and (given := [it for it in words if it.startswith("ARGS=")]):
-            read_by_script("experiments.bench_peers", [given[0][5:]], monkeypatch)
+            read_by_script("experiments/bench_peers.py", [given[0][5:]], monkeypatch)
     else:  # of other programs: it is bash at least
         done = subprocess.run(["bash", "-n", "-c", command], capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (0, "")
+
+
+def not_in_sources(line):
+    """The parts of a quoted message, between its values, that no source of ours has."""
+    sources = "".join(path.read_text() for path in (ROOT / "halonet").rglob("*.py"))
+    sources = re.sub(r"\"\s*\n\s*(\+ )?f?\"", "", sources)  # a text over several lines
+    parts = re.split(r"\.\.\.|\d+%?|'\w+'|gs://|data\.batch_size|[();:]", line)
+    parts = [part.strip() for part in parts if len(part.strip()) > 5]
+    assert parts, line
+    return [part for part in parts if part not in sources]
