@@ -24,6 +24,11 @@ BESIDE = {
     "SECURITY.md": "SECURITY.md",
     "configs/default.py": "configuration.md",
 }
+# Commands that nobody could try here: a comment to readers of the source, a title in the site.
+UNTRIED = (
+    "<!-- needs hardware -->\n```\n",
+    '``` { .text title="needs hardware: not tried by us" }\n',
+)
 LINK = re.compile(r"(\]\()([^)\s]+)(\))")
 
 
@@ -42,9 +47,9 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Turns the links of the repository into those of the site."""
+    """Turns the links of the repository into those of the site, and marks into titles."""
     folder = "" if page.file.src_uri in BESIDE.values() else "docs/"
-    return site_links(markdown, folder)
+    return site_links(markdown, folder).replace(*UNTRIED)
 
 
 # --- links
