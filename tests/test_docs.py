@@ -7,6 +7,7 @@ import operator
 import re
 import runpy
 import subprocess
+import urllib.parse
 
 import jaxtyping
 import matplotlib.image
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 import halonet
+import launch
 from configs import default
 from docs import hooks
 from experiments import draw_halo
@@ -167,6 +169,23 @@ def test_files_that_it_names_exist(name):
             assert (ROOT / text).exists(), text
     for link in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", PAGES[name]):
         assert ((ROOT / name).parent / link).exists(), link
+
+
+def test_links_elsewhere_are_addresses():
+    links = [it for page in PAGES.values() for it in re.findall(r"\]\((\w+:[^)]*)\)", page)]
+    assert len(links) > 2
+    for link in links:
+        parts = urllib.parse.urlsplit(link)
+        assert parts.scheme == "https", link
+        assert re.fullmatch(r"[\w-]+(\.[\w-]+)+", parts.netloc), link
+        assert re.fullmatch(r"\S*", parts.path), link
+
+
+def test_the_api_has_every_public_name():
+    page = PAGES["docs/api.md"]
+    for module in (halonet, halonet.models, launch):
+        for name in module.__all__:
+            assert re.search(rf"(`|[.]){name}(`|$|\s)", page, re.MULTILINE), name
 
 
 def test_lines_of_troubleshooting_are_ours():
