@@ -2,7 +2,7 @@
 
     make bench                                      # in the environment of the peers
     python -m experiments.bench_peers [--quick] [--device=cpu|cuda] [--what=op,models] [--batch=8]
-    python -m experiments.bench_peers --render=docs/bench_peers_cpu.json      # the README's table
+    python -m experiments.bench_peers --render=docs/bench_peers_cpu.json  # docs/speed.md's table
 
 Measures the attention layer of H0 and H1 (projections and attention) and whole models at 256 px,
 inference and a training step. The contestants take turns, A B C A B C ..., in one process: what
@@ -121,7 +121,7 @@ def parse(arguments):
     parser.add_argument(
         "--out", help="JSON; a .png goes beside it; docs/bench_peers_DEVICE.json, quick nowhere"
     )
-    parser.add_argument("--render", metavar="JSON", help="only print the README's table of a file")
+    parser.add_argument("--render", metavar="JSON", help="only print the table of docs/speed.md")
     args = parser.parse_args(arguments)
     args.rounds = args.rounds or (2 if args.quick else 7)
     args.batch = args.batch or (2 if args.quick else 8)
@@ -297,7 +297,7 @@ def rows(record):
 
 
 def markdown(record):
-    """The README's table: images per second of the models, a contestant a column."""
+    """The table of docs/speed.md: images per second of the models, a contestant a column."""
     models = [result for result in record["results"] if result["what"] == "models"]
     names = list(dict.fromkeys(result["contestant"] for result in models))
     cells = {(r["case"], r["task"], r["contestant"]): r for r in models}

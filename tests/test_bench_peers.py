@@ -236,8 +236,8 @@ def test_the_record_fits_the_script(path):
 
 
 @pytest.mark.parametrize("path", [path for path in RECORDS if path.stem.endswith("_cpu")])
-def test_the_readme_has_the_table_of_the_record(path):
-    _, rest = (ROOT / "README.md").read_text().split("<!-- bench -->\n")
+def test_the_page_has_the_table_of_the_record(path):
+    _, rest = (ROOT / "docs" / "speed.md").read_text().split("<!-- bench -->\n")
     table, _ = rest.split("\n<!-- end of bench -->")
     assert table == bench_peers.markdown(json.loads(path.read_text()))
 
@@ -272,7 +272,7 @@ def test_the_printed_table():
     assert len({len(line) for line in lines if line.startswith(" ")}) == 1
 
 
-def test_the_table_of_the_readme(tmp_path, capsys):
+def test_the_table_of_the_page(tmp_path, capsys):
     path = tmp_path / "record.json"
     path.write_text(json.dumps(made_up(["--models=halonet_h1,resnet50"])))
     assert bench_peers.main([f"--render={path}"]) == 0

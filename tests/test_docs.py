@@ -19,6 +19,7 @@ import launch
 from configs import default
 from docs import hooks
 from experiments import draw_halo
+from halonet import runtime
 from halonet.config import MAY_CHANGE, flatten
 from tests import command_lines, test_faults
 from tests.command_lines import ROOT, blocks, inline
@@ -197,10 +198,13 @@ def test_lines_of_troubleshooting_are_ours():
     assert command_lines.not_in_sources("no such line; the run ends") != []
 
 
-def test_exit_codes_are_those_of_the_readme():
-    codes = re.compile(r"^\| (\d+) \|", re.MULTILINE)
-    there = set(codes.findall(PAGES["docs/troubleshooting.md"]))
-    assert there == {*codes.findall(PAGES["README.md"].partition("| exit code |")[2]), "1"}
+def test_every_exit_code_is_explained():
+    codes = set()
+    for path in [ROOT / "main.py", *(ROOT / "halonet").rglob("*.py")]:
+        codes |= set(re.findall(r"exit_code = (\d+)$", path.read_text(), re.MULTILINE))
+    codes |= {"0", "1", str(runtime.PREEMPTED), str(runtime.HUNG)}
+    there = re.findall(r"^\| (\d+) \|", PAGES["docs/troubleshooting.md"], re.MULTILINE)
+    assert sorted(there, key=int) == sorted(codes, key=int)
 
 
 # --- generated pages
