@@ -1,9 +1,9 @@
 """Checkpoints: Orbax, asynchronous, the latest and the best side by side.
 
 A checkpoint is a folder `checkpoints/<step>/` with two items: "state", the arrays of a train state,
-and "meta", a small JSON object (format version, step, what the data set was, and how many damaged
-images were passed over). A manifest beside them has the SHA-256 of each file: Orbax itself notices
-no changed bit in an array. Paths may be gs://.
+and "meta", a small JSON object: format version, step, what the data set was, how many damaged
+images were passed over, and which versions of the code made the state. A manifest beside them has
+the SHA-256 of each file: Orbax itself notices no changed bit in an array. Paths may be gs://.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ from halonet.checkpoint import (
 from halonet.data import device, pipeline
 from halonet.data.damage import DamageCount
 from halonet.data.errors import DataError
-from halonet.models import HaloNet, cost
+from halonet.models import cost
 from halonet.progress import Progress
 
 # Steps given to the devices ahead of the one whose result was last seen: enough to keep them busy,
@@ -127,6 +127,9 @@ def train_and_evaluate(
         saved_meta = read_meta(step_folder(workdir, start)) if start else {}
         if start:
             _check_same_data(saved_meta, meta, workdir)
+        # Which code came to this state, all starts together; {}: an older version kept no record.
+        made_by = saved_meta.get("made_by", [{}]) if start else []
+        made_by += [code] if code not in made_by else []
         processes.meet("reading the workdir", patience)
 
         # Start, from weights where the configuration names some, or go on from a checkpoint.
@@ -187,11 +190,13 @@ def train_and_evaluate(
             # Not in the checkpoints of older versions.
             before=saved_meta.get("damaged", {}),
         )
+        size, kind = config.data.image_size, mesh.devices.flat[0].device_kind
+        multiply_adds = sum(part.cost.total for part in cost.cost(model, size, size))
         progress = Progress(
             total=total,
             start=start,
             images_per_step=config.data.batch_size,
-            ideal_seconds=_ideal_seconds(model, config.data.image_size, mesh),
+            ideal_seconds=_ideal_seconds(multiply_adds, mesh),
             enabled=primary,
         )
 
@@ -301,7 +306,7 @@ def train_and_evaluate(
                 watchdog.at("saving a checkpoint")
                 finite.state(step, state)
                 counts = {"damaged": damage.counted(), "skipped": finite.skipped}
-                checkpointer.save(step, state, {**meta, **counts})
+                checkpointer.save(step, state, {**meta, **counts, "made_by": made_by})
                 if stopping:
                     checkpointer.wait()
                 record_time(step)
@@ -326,6 +331,8 @@ def train_and_evaluate(
         record_time(total)
         ended = time.time()
         summary = report.summarise(log.rows(), total, abstract_state.params, ended - began)
+        summary |= {"multiply_adds": multiply_adds, "devices": f"{mesh.size} {kind}"}
+        summary["made_by"] = made_by
         if config.data.damaged == "skip":
             summary["damaged"] = damage.counted()["total"]
         if config.train.skip_nonfinite:
@@ -340,10 +347,9 @@ def train_and_evaluate(
         return summary
 
 
-def _ideal_seconds(model: HaloNet, size: int, mesh: jax.sharding.Mesh) -> float:
+def _ideal_seconds(multiply_adds: int, mesh: jax.sharding.Mesh) -> float:
     """Seconds of a training step for one image, were all devices at their peak; 0: not known."""
     peak = runtime.PEAK_FLOPS.get(mesh.devices.flat[0].device_kind, 0.0)
-    multiply_adds = sum(part.cost.total for part in cost.cost(model, size, size))
     # The backward pass multiplies twice as much; what is computed again (remat) does not count.
     return 3 * 2 * multiply_adds / (peak * mesh.size) if peak else 0.0
 

@@ -87,14 +87,18 @@ def test_interrupted_equals_undisturbed(
 ):
     workdir = tmp_path / "run"
     with monkeypatch.context() as patch:
+        patch.setattr(runtime, "code_version", lambda: "one")
         interrupt(patch)
         with pytest.raises(error):
             train.train_and_evaluate(small_config(), workdir)
     assert checkpoint.saved_steps(workdir)[-1] == saved
     assert not (workdir / "summary.json").exists()
 
+    monkeypatch.setattr(runtime, "code_version", lambda: "two")
     summary = train.train_and_evaluate(small_config(), workdir)
     assert history(workdir) == history(undisturbed[0])
+    # Each version of the code that had a part in the state is told.
+    assert summary["made_by"] == [runtime.versions() | {"code": it} for it in ("one", "two")]
     assert summary["goodput/starts"] == 2
     shares = [summary[f"goodput/{name}"] for name in (*report.SPENT, "lost")]
     assert min(shares) >= 0
@@ -120,6 +124,11 @@ def test_what_a_run_leaves_behind(undisturbed):
         *("parameters.txt", "summary.json", "curves.png", "predictions.png"),
     }
     assert json.loads((workdir / "summary.json").read_text()) == summary
+    model = create_model("halonet_tiny", num_classes=10)
+    assert summary["multiply_adds"] == sum(part.cost.total for part in cost(model, 32, 32))
+    assert summary["devices"] == "8 cpu"
+    (made_by,) = summary["made_by"]
+    assert made_by.items() >= runtime.versions().items()
     rows = metrics.read_metrics(workdir)
     # Every fourth step, and each that was saved.
     recorded = [row["step"] for row in rows if "train/loss" in row]
