@@ -14,6 +14,8 @@ import jax
 import numpy as np
 import pytest
 
+from experiments.collect import collect
+from experiments.table import read_table
 from halonet import checkpoint, files, metrics, report, runtime, train
 from halonet.config import ConfigError
 from halonet.data.errors import DataError
@@ -140,6 +142,22 @@ def test_what_a_run_leaves_behind(undisturbed):
     assert checkpoint.saved_steps(workdir) == [15, 26, 30]
     assert summary["eval/top1"] == [row for row in rows if "eval/top1" in row][-1]["eval/top1"]
     assert summary["best/step"] == metrics.best_steps(rows, 1)[0]
+
+
+def test_a_run_is_a_row_of_its_sweep(undisturbed, tmp_path):
+    (tmp_path / "it").mkdir()
+    (tmp_path / "it" / "a-0").symlink_to(undisturbed[0])
+    member = {"name": "a", "id": "a-0", "overrides": {"seed": 0}}
+    sweep = {"sweep": "it", "config": "configs/mnist.py", "overrides": {}, "members": [member]}
+    (tmp_path / "it" / "sweep.json").write_text(json.dumps(sweep))
+    csv, page = collect(tmp_path / "it")
+    (row,) = read_table(csv)
+    # On a CPU there is no peak to have a share of.
+    assert [name for name, value in row.items() if value is None] == ["mfu"]
+    assert row["top1"] == undisturbed[1]["eval/top1"]
+    assert row["training_flops"] == 6 * row["multiply_adds"] * 16 * 30
+    assert row["jax"] == jax.__version__
+    assert '"name":"a"' in page.read_text()
 
 
 def test_a_finished_run_says_so_and_changes_nothing(undisturbed, capsys):
