@@ -10,9 +10,12 @@ import re
 import urllib.parse
 
 import pytest
+from etils import epath
 
-from experiments import report
+from experiments import report, results
+from experiments.aggregate import groups
 from experiments.collect import collect
+from experiments.table import read_table
 from halonet.runtime import versions
 from tests.small_sweep import CODE, scaling_sweep, write_member, write_sweep
 
@@ -244,3 +247,84 @@ def test_what_spoils_a_comparison_is_told(tmp_path, capsys, values, note):
     page = Parsed(collect(tmp_path / "it", allow_mixed=True)[1])
     assert any(note in text for text in page.texts["li"])
     assert note in capsys.readouterr().out
+
+
+# ---- docs/results.md
+
+
+def test_the_results_in_the_docs_are_what_the_tables_give():
+    tables = {path.stem: read_table(path) for path in sorted(results.TABLES.glob("*.csv"))}
+    assert bool(tables) == results.PAGE.exists()
+    if tables:
+        assert results.PAGE.read_text() == results.render(tables)
+
+
+@pytest.fixture
+def into(monkeypatch, tmp_path):
+    """The folder that stands for docs/."""
+    root = epath.Path(tmp_path)
+    for name, path in {"ROOT": root, "TABLES": root / "results", "PAGE": root / "x.md"}.items():
+        monkeypatch.setattr(results, name, path)
+    return tmp_path
+
+
+def test_results_are_counted_over_the_seeds(into, capsys):
+    folder = into / "scale_smoke"
+    scaling_sweep(folder, config="experiments/overhead.py:smoke")
+    assert results.main([str(folder)]) == 2
+    assert "python -m experiments collect scale_smoke makes it" in capsys.readouterr().err
+    collect(folder)
+    assert results.main([str(folder)]) == 0
+    text = (into / "x.md").read_text()
+    assert "## scale_smoke\n\nWhat does it cost a run" in text
+    assert "`python -m experiments run scale_smoke`" in text
+    rows = [line for line in text.splitlines() if line.startswith("| h")]
+    assert rows == [
+        "| h2 | halonet_h2 | 90.00 | 89.00 to 91.00 | 2 | 0.2500 | 16.0k | 800k | 100 |",
+        "| h1 | halonet_h1 | 80.00 | 79.00 to 81.00 | 2 | 0.2500 | 4.00k | 200k | 200 |",
+        "| h0 | halonet_h0 | 60.00 | 59.00 to 61.00 | 2 | 0.2500 | 1.00k | 50.0k | 400 |",
+        "| h3 | halonet_h3 | - | - | 0 | - | - | - | - |",
+    ]
+    assert (
+        "Over these seeds no other's range reaches that of h2. 2 of its members have not finished "
+        "and are left out. 1,000 held-out images: one is 0.1 points of top-1. Made with 4 steps, "
+        f"8 cpu, commit {'a' * 40}, jax {CODE['jax']}." in text
+    )
+    # From the tables alone, which have all that it says.
+    before = text
+    assert results.main([]) == 0
+    assert (into / "x.md").read_text() == before
+
+
+def test_ranges_that_overlap_are_told(into):
+    own = [
+        (f"{name}-s{seed}", {"model.border": name, "seed": seed})
+        for name in "abc|"
+        for seed in (0, 1)
+    ]
+    members = write_sweep(into / "it", own)
+    for member, top1 in zip(members, (0.8, 0.9, 0.79, 0.85, 0.7, 0.75, 0.6, 0.81), strict=True):
+        write_member(into / "it", member, top1=top1)
+    collect(into / "it")
+    assert results.main([str(into / "it")]) == 0
+    text = (into / "x.md").read_text()
+    assert "Over these seeds the ranges of b, \\| reach that of a." in text
+    # A bar in a value is none of the table's.
+    (row,) = [line for line in text.splitlines() if line.startswith("| \\|")]
+    assert len(re.split(r"(?<!\\)\|", row)) == 11
+
+
+def test_single_seeds_are_given_no_range(into):
+    members = write_sweep(into / "it", [("a", {}), ("b", {"seed": 1, "model.plan": "c/h"})])
+    for member in members:
+        write_member(into / "it", member, top1=0.5)
+    rows = read_table(collect(into / "it")[0])
+    text = results.render({"it": rows})
+    assert "| b | c/h | 50.00 | - | 1 |" in text
+    assert "Over these seeds" not in text
+    assert len(groups(rows)) == 2
+
+
+def test_without_tables_there_are_no_results(into, capsys):
+    assert results.main([]) == 2
+    assert capsys.readouterr().err.startswith("error: there is no table in ")
