@@ -19,10 +19,18 @@ function add(parent, name, attributes = {}, text = "") {
 const color = (group) => group % 8;
 const dash = (group) => Math.floor(group / 8) % 4;
 
-function short(number) {
+function short(number, digits = 3) {
   if (number === 0) return "0";
   const power = Math.min(6, Math.max(0, Math.floor(Math.log10(Math.abs(number)) / 3)));
-  return `${Number((number / 1000 ** power).toPrecision(3))}${" kMGTPE"[power].trim()}`;
+  return `${Number((number / 1000 ** power).toPrecision(digits))}${" kMGTPE"[power].trim()}`;
+}
+
+// Numbers in as few digits as tell them apart.
+function labels(numbers) {
+  let found = [];
+  for (let digits = 3; digits < 9 && new Set(found).size < numbers.length; digits++)
+    found = numbers.map((it) => short(it, digits));
+  return found;
 }
 
 // ---- axes
@@ -67,14 +75,16 @@ function chart(parent, x, y, label, width = 460) {
   const right = width - RIGHT, bottom = HEIGHT - BOTTOM;
   const px = (it) => LEFT + x.at(it) * (right - LEFT);
   const py = (it) => bottom - y.at(it) * (bottom - TOP);
-  for (const it of ticks(x.low, x.high, x.log)) {
+  const [along, up] = [ticks(x.low, x.high, x.log), ticks(y.low, y.high, y.log)];
+  const [below, beside] = [labels(along), labels(up)];
+  for (const [index, it] of along.entries()) {
     add(svg, "line", { class: "grid", x1: px(it), x2: px(it), y1: TOP, y2: bottom });
     const text = { x: px(it), y: bottom + 15, "text-anchor": "middle", class: "x" };
-    add(svg, "text", text, short(it));
+    add(svg, "text", text, below[index]);
   }
-  for (const it of ticks(y.low, y.high, y.log)) {
+  for (const [index, it] of up.entries()) {
     add(svg, "line", { class: "grid", x1: LEFT, x2: right, y1: py(it), y2: py(it) });
-    add(svg, "text", { x: LEFT - 6, y: py(it) + 4, "text-anchor": "end", class: "y" }, short(it));
+    add(svg, "text", { x: LEFT - 6, y: py(it) + 4, "text-anchor": "end", class: "y" }, beside[index]);
   }
   add(svg, "line", { class: "axis", x1: LEFT, x2: right, y1: bottom, y2: bottom });
   const middle = (LEFT + right) / 2;

@@ -107,9 +107,11 @@ def render(
 
 
 def _paragraph(text: str) -> str:
-    """Of a docstring; what is indented is code."""
-    kind = "pre" if text.startswith("    ") else "p"
-    return f"<{kind}>{html.escape(textwrap.dedent(text))}</{kind}>"
+    """Of a docstring; what is indented is code, and what stands in backticks."""
+    if text.startswith("    "):
+        return f"<pre>{html.escape(textwrap.dedent(text))}</pre>"
+    marked = re.sub("`([^`]+)`", r"<code>\1</code>", html.escape(text))
+    return f"<p>{marked}</p>"
 
 
 def _digest(text: str) -> str:

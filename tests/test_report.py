@@ -62,6 +62,7 @@ def test_the_headline_is_what_the_sweep_asks(page):
     assert page.texts["title"] == ["scale_smoke"]
     assert "scale_smoke · 8 members: 6 done, 1 failed, 1 queued" in page.texts["p"]
     assert page.texts["code"] == ["python -m experiments run scale_smoke"]
+    assert report._paragraph("a `b < c` d") == "<p>a <code>b &lt; c</code> d</p>"
     # What is indented in the docstring stays so.
     assert page.texts["pre"][0].startswith("python -m experiments.overhead [--steps=1500]")
 

@@ -80,6 +80,17 @@ def test_every_member_has_its_curves(page):
     assert heights[4] < heights[5] < heights[2] < heights[3] < heights[6] < heights[1]
 
 
+def test_the_ticks_of_an_axis_differ(tmp_path):
+    members = write_sweep(tmp_path / "it", [("a", {})])
+    workdir = write_member(tmp_path / "it", members[0], top1=0.5)
+    rows = workdir / "metrics" / "000.jsonl"
+    lines = [f'{{"step": {step}, "eval/loss": {2.2920 + step / 1e5}}}' for step in range(1, 9)]
+    rows.write_text('{"step": 0, "perf/started": 1.0}\n' + "\n".join(lines))
+    with Page(collect(tmp_path / "it")[1]) as page:
+        found = texts(page, "#curves figure:nth-child(1) text.y")
+        assert len(set(found)) == len(found) >= 3
+
+
 def test_a_name_hides_its_members(page):
     lines = "[...document.querySelectorAll('#curves .charts path.curve')]"
     shown = f"{lines}.filter(it => it.checkVisibility())"
