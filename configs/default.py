@@ -20,10 +20,12 @@ def get_config() -> ConfigDict:
     config.model.remat = "none"  # none, attention or block (each residual block)
     # What differs from the named model; empty, 0 or -1: nothing does. See halonet.models.HaloNet.
     config.model.plan = ""  # c (convolution) or h (halo attention) a stage or a block: c/c/h/h
+    config.model.depths = ()  # residual blocks of each stage; (): the named model's
+    config.model.widths = ()  # channels inside the blocks of each stage; (): the named model's
     config.model.block_size = 0  # pixels of each stage's map; 0: the named model's
     config.model.halo_size = -1  # likewise; -1: the named model's
     config.model.border = ""  # zeros or mask: what lies outside the image
-    config.model.positions = ""  # exact or contiguous: how relative tables are indexed
+    config.model.positions = ""  # exact, contiguous or none: how relative tables are indexed
     config.model.downsample = ""  # queries or pool: how attention halves the map
     config.model.activation = ""  # relu or silu
     config.model.channel_attention = ""  # none, se or eca

@@ -36,6 +36,7 @@ MAY_CHANGE = (
 AS_NAMED = {
     **dict.fromkeys(("plan", "border", "positions", "downsample"), ""),
     **dict.fromkeys(("activation", "channel_attention"), ""),
+    **dict.fromkeys(("depths", "widths"), ()),
     "block_size": 0,
     "halo_size": -1,
     "pad_to_blocks": False,
@@ -337,7 +338,7 @@ def random_view(config: ConfigDict) -> RandomView:
 
 def build_model(config: ConfigDict, *, num_classes: int, **overrides: Any) -> HaloNet:
     """The model that a configuration names, with other values of its fields where given."""
-    fields = config.model.to_dict()
+    fields = flatten(config.model)
     name = fields.pop("name")
     own = {key: value for key, value in fields.items() if value != AS_NAMED.get(key)}
     return create_model(name, num_classes=num_classes, **{**own, **overrides})
@@ -345,7 +346,7 @@ def build_model(config: ConfigDict, *, num_classes: int, **overrides: Any) -> Ha
 
 def model_overrides(config: ConfigDict) -> dict[str, Any]:
     """The fields in which a configuration's model differs from the one that it names."""
-    fields = config.model.to_dict()
+    fields = flatten(config.model)
     return {key: value for key, value in fields.items() if value != AS_NAMED.get(key, value)}
 
 

@@ -102,6 +102,23 @@ def test_contiguous_tables_are_longer():
     assert variables["params"]["row_table"].shape == (2 * (4 + 2 * 1) - 1, 3)
 
 
+@pytest.mark.parametrize(("positions", "blind"), [("none", True), ("exact", False)])
+def test_without_positions_the_order_of_pixels_makes_no_difference(positions, blind):
+    """In one block: what its pixels find moves as they do."""
+    layer = halonet.HaloAttention(
+        block_size=4, halo_size=0, heads=2, head_dim=3, positions=positions
+    )
+    x, variables = initialised(layer, (1, 4, 4, 6))
+    assert ("row_table" in variables["params"]) is not blind
+    order = jax.random.permutation(jax.random.key(2), 16)
+
+    def moved(maps):
+        return maps.reshape(1, 16, 6)[:, order].reshape(1, 4, 4, 6)
+
+    found, expected = apply(layer, variables, moved(x)), moved(apply(layer, variables, x))
+    assert np.allclose(found, expected, atol=1e-6) is blind
+
+
 def test_tables_have_a_row_for_each_offset_that_occurs():
     layer = halonet.HaloAttention(block_size=4, halo_size=2, heads=2, head_dim=64)
     _, variables = initialised(layer)

@@ -16,6 +16,7 @@ from halonet.config import (
     check_workdir,
     flatten,
     load_config,
+    model_overrides,
     random_view,
     save_config,
     total_steps,
@@ -55,6 +56,8 @@ def test_what_is_not_set_stays_as_the_named_model_has_it(config):
     assert set(AS_NAMED) < set(config.model)
     values = {
         "plan": "c/h",
+        "depths": (1, 2),
+        "widths": (16, 32),
         "block_size": 8,
         "halo_size": 0,
         "border": "mask",
@@ -70,6 +73,17 @@ def test_what_is_not_set_stays_as_the_named_model_has_it(config):
     config.model.update(values)
     model = build_model(config, num_classes=7)
     assert {key: getattr(model, key) for key in values} == values
+
+
+def test_a_model_from_a_file_is_the_one_that_was_saved(config, tmp_path):
+    """JSON has lists for tuples, those that are not set among them."""
+    config.model.widths = (16, 32)
+    save_config(config, tmp_path)
+    saved = load_config(tmp_path)
+    assert isinstance(saved.model.depths, list)
+    assert build_model(saved, num_classes=7) == build_model(config, num_classes=7)
+    assert build_model(saved, num_classes=7).depths == (1, 3)
+    assert model_overrides(saved) == model_overrides(config)
 
 
 POSITIVE = (

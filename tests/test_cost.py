@@ -1,5 +1,6 @@
 """What models cost: figures that others found, and the products that a model really has."""
 
+import dataclasses
 import functools
 import math
 
@@ -132,6 +133,14 @@ def test_the_model_has_these_products_of_attention(name):
         for width in {block.key_width // block.heads for block in blocks if block.kind == "h"}:
             expected += spent.content * 2 * side // width
     assert products(traced(name)[0].jaxpr)[1] == expected
+
+
+def test_a_model_without_positions_spends_nothing_on_them():
+    exact, none = (
+        total(create_model("halonet_tiny", positions=it), 32, 32) for it in ("exact", "none")
+    )
+    assert dataclasses.replace(exact, position=0) == none
+    assert exact.position > 0
 
 
 @pytest.mark.parametrize("name", ["halonet_tiny", "halonet26t"])

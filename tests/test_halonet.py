@@ -162,7 +162,7 @@ def test_stages_are_of_the_kinds_of_the_plan():
         ({"plan": "h/b"}, "b blocks need global_size"),
         ({"heads": (2, 3)}, "width 64 cannot be shared by 3 heads"),
         ({"heads": (2,)}, r"heads \(2,\) must have 2 numbers, one a stage"),
-        ({"depths": (1, 0)}, r"depths \(1, 0\) must be positive numbers"),
+        ({"depths": (1, 0)}, r"depths \(1, 0\) must be positive whole numbers"),
         ({"out_ratio": (1.0,)}, r"out_ratio \(1.0,\) must have 2 numbers, one a stage"),
         ({"key_ratio": 0.001}, "a block of stage 1 would have no channels: .*key_width=0"),
         ({"block_size": 0}, "block_size 0 must be at least 1"),
@@ -179,6 +179,13 @@ def test_stages_are_of_the_kinds_of_the_plan():
 def test_wrong_fields_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         create_model("halonet_tiny", **fields).check_fields()
+
+
+def test_channels_are_whole_numbers():
+    model = create_model("halonet_tiny")
+    object.__setattr__(model, "widths", (32, 64.5))  # in tests alone types are checked before
+    with pytest.raises(ValueError, match=r"widths \(32, 64.5\) must be positive whole numbers"):
+        model.check_fields()
 
 
 def loss_of(remat, size, **overrides):

@@ -33,6 +33,13 @@ def numbered(model):
     )
 
 
+def test_without_positions_there_is_nothing_to_resize():
+    source, target = (model_of(positions="none", halo_size=halo) for halo in (1, 2))
+    variables = numbered(source)
+    assert tables_of(variables) == {}
+    assert resize_tables(variables, source, target) is variables
+
+
 @pytest.mark.parametrize(
     ("fields", "rows"),
     [

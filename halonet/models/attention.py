@@ -16,9 +16,10 @@ from halonet.models.layers import (
     matmul_precision,
     product1x1,
 )
-from halonet.ops import halo_attention, table_size
+from halonet.ops import POSITIONS, halo_attention, table_size
 
 DOWNSAMPLES = ("queries", "pool")
+LAYER_POSITIONS = (*POSITIONS, "none")
 
 
 class HaloAttention(nn.Module):
@@ -42,8 +43,9 @@ class HaloAttention(nn.Module):
       stride: 2 halves the map in each direction (odd sizes are rounded up).
       downsample: how a stride does so. "queries" keeps every second query, HaloNet's downsampling;
         "pool" averages squares of the outputs of all queries, as blocks of odd size need it.
-      border, positions, scale_positions, pad_to_blocks, implementation: see
-        `halonet.halo_attention`.
+      positions: see `halonet.halo_attention`; or "none": no tables, a query knows what its keys
+        are and not where.
+      border, scale_positions, pad_to_blocks, implementation: see `halonet.halo_attention`.
 
     Source: Vaswani et al. 2021, arXiv 2103.12731.
 
@@ -99,12 +101,7 @@ class HaloAttention(nn.Module):
             for y in (query, *jnp.split(keys_values, [key_width], -1))
         )
 
-        # The standard deviation that the BoTNet authors meant: their code passed it as the mean.
-        table_init = nn.initializers.normal(self.head_dim**-0.5)
-        rows = table_size(self.block_size, self.halo_size, self.positions)
-        table_shape = (rows, self.head_dim)
-        row_table = self.param("row_table", table_init, table_shape, self.param_dtype)
-        col_table = self.param("col_table", table_init, table_shape, self.param_dtype)
+        row_table, col_table, positions = self._tables()
         y = halo_attention(
             query,
             key,
@@ -115,7 +112,7 @@ class HaloAttention(nn.Module):
             halo=self.halo_size,
             stride=stride,
             border=self.border,
-            positions=self.positions,
+            positions=positions,
             scale_positions=self.scale_positions,
             pad_to_blocks=self.pad_to_blocks,
             implementation=self.implementation,
@@ -132,3 +129,15 @@ class HaloAttention(nn.Module):
             precision=matmul_precision(self.dtype),
             name="out",
         )(y)
+
+    def _tables(self) -> tuple[Array, Array, str]:
+        """The relative tables of rows and of columns, and how the op shall index them."""
+        if self.positions == "none":
+            zeros = jnp.zeros((table_size(self.block_size, self.halo_size), self.head_dim))
+            return zeros, zeros, "exact"
+        rows = table_size(self.block_size, self.halo_size, self.positions)
+        # The standard deviation that the BoTNet authors meant: their code passed it as the mean.
+        init = nn.initializers.normal(self.head_dim**-0.5)
+        settings = (init, (rows, self.head_dim), self.param_dtype)
+        row_table, col_table = (self.param(it, *settings) for it in ("row_table", "col_table"))
+        return row_table, col_table, self.positions

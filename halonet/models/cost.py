@@ -27,7 +27,7 @@ class MultiplyAdds:
       content: queries times keys: whole windows, also where they reach out of the image, and whole
         blocks, also where they are padded.
       position: queries times relative tables: each query times 2(b+2h)-1 rows of either table, as
-        timm computes it; what it needs are b+2h of them.
+        timm computes it; what it needs are b+2h of them. 0 for a model without positions.
       value: weights times values, whole windows as in `content`.
 
     Of a lambda layer, `content` and `position` are its two kinds of lambda, made and applied.
@@ -171,7 +171,7 @@ def _attention(model: HaloNet, shape: BlockShape, height: int, width: int) -> Mu
     return MultiplyAdds(
         projections=projected * shape.width,
         content=queries * side**2 * shape.key_width,
-        position=queries * 2 * (2 * side - 1) * shape.key_width,
+        position=0 if model.positions == "none" else queries * 2 * (2 * side - 1) * shape.key_width,
         value=queries * side**2 * shape.value_width,
     )
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from halonet.models.attention import DOWNSAMPLES
+from halonet.models.attention import DOWNSAMPLES, LAYER_POSITIONS
 from halonet.models.block import (
     ACTIVATIONS,
     KINDS,
@@ -38,7 +38,7 @@ from halonet.models.layers import (
     matmul_precision,
 )
 from halonet.models.pool import max_pool, max_pool_zeros
-from halonet.ops import BORDERS, IMPLEMENTATIONS, POSITIONS
+from halonet.ops import BORDERS, IMPLEMENTATIONS
 
 STEM_POOLS = ("none", "max", "max_zeros")
 SHORTCUTS = ("project", "matching")
@@ -140,8 +140,8 @@ class HaloNet(nn.Module):
         """The blocks of each stage, in numbers."""
         for name in ("depths", "widths", "heads", "stem_widths"):
             numbers = getattr(self, name)
-            if not numbers or min(numbers) < 1:
-                raise ValueError(f"{name} {numbers} must be positive numbers")
+            if not numbers or not all(isinstance(it, int) and it > 0 for it in numbers):
+                raise ValueError(f"{name} {numbers} must be positive whole numbers")
         for name in ("widths", "heads", "key_ratio", "out_ratio"):
             numbers = getattr(self, name)
             if isinstance(numbers, Sequence) and len(numbers) != len(self.depths):
@@ -285,7 +285,7 @@ class HaloNet(nn.Module):
         choices = {
             "downsample": DOWNSAMPLES,
             "border": BORDERS,
-            "positions": POSITIONS,
+            "positions": LAYER_POSITIONS,
             "stem_pool": STEM_POOLS,
             "channel_attention": CHANNEL_ATTENTIONS,
             "activation": tuple(ACTIVATIONS),

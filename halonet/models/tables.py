@@ -31,6 +31,8 @@ def resize_tables(variables: dict[str, Any], source: HaloNet, target: HaloNet) -
         raise ValueError(
             f"positions={target.positions!r} cannot take tables of positions={source.positions!r}"
         )
+    if source.positions == "none":
+        return variables
     kinds = {
         f"stage{stage}_block{number}": block.kind
         for stage, blocks in enumerate(source.stages(), start=1)
