@@ -9,8 +9,39 @@ import time
 from collections.abc import Mapping
 
 
+class LiveLine:
+    """One line of a terminal that is written over and over; elsewhere a plain line now and then.
+
+    Args:
+      interval: seconds between lines that are not on a terminal.
+    """
+
+    def __init__(self, interval: float = 10.0):
+        self._live = sys.stdout.isatty()
+        self._interval, self._last_print = interval, -1e9
+
+    def show(self, line: str, *, last: bool = False) -> None:
+        """Prints how things stand; the last line stays."""
+        now = time.perf_counter()
+        if not self._live and not last and now - self._last_print < self._interval:
+            return
+        self._last_print = now
+        if self._live:
+            width = shutil.get_terminal_size().columns
+            print(f"\r{line[: width - 1]:<{width - 1}}", end="\n" if last else "", flush=True)
+        else:
+            print(line, flush=True)
+
+    def say(self, line: str) -> None:
+        """Prints a line of its own, clear of the live one."""
+        if self._live:
+            width = shutil.get_terminal_size().columns
+            print("\r" + " " * (width - 1) + "\r", end="")
+        print(line, flush=True)
+
+
 class Progress:
-    """One live line on a terminal; elsewhere a plain line now and then.
+    """How far a run is, as a live line.
 
     Args:
       total: steps of the run.
@@ -33,9 +64,7 @@ class Progress:
     ):
         self._total, self._images, self._enabled = total, images_per_step, enabled
         self._ideal = ideal_seconds
-        self._live = sys.stdout.isatty()
-        self._interval = interval
-        self._last_print = -1e9
+        self._line = LiveLine(interval)
         self._window = (time.perf_counter(), start, 0.0)
         self._rate = 0.0
 
@@ -63,38 +92,26 @@ class Progress:
 
     def show(self, step: int, values: Mapping[str, float]) -> None:
         """Prints where the run is."""
-        now = time.perf_counter()
-        done = step >= self._total
         if not self._enabled:
             return
-        if not self._live and not done and now - self._last_print < self._interval:
-            return
-        self._last_print = now
         left = (self._total - step) * self._images / self._rate if self._rate else float("nan")
         line = (
             f"step {step}/{self._total}  loss {values.get('train/loss', math.nan):.3f}  "
-            f"{self._rate:,.0f} images/s  {_duration(left)} left  "
+            f"{self._rate:,.0f} images/s  {duration(left)} left  "
             f"waiting for data {values['perf/data_wait']:.0%}"
         )
         if "perf/mfu" in values:
             line += f"  MFU {values['perf/mfu']:.1%}"
-        if self._live:
-            width = shutil.get_terminal_size().columns
-            print(f"\r{line[: width - 1]:<{width - 1}}", end="\n" if done else "", flush=True)
-        else:
-            print(line, flush=True)
+        self._line.show(line, last=step >= self._total)
 
     def say(self, line: str) -> None:
         """Prints a line of its own, clear of the live one."""
-        if not self._enabled:
-            return
-        if self._live:
-            width = shutil.get_terminal_size().columns
-            print("\r" + " " * (width - 1) + "\r", end="")
-        print(line, flush=True)
+        if self._enabled:
+            self._line.say(line)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Minutes and seconds, or hours too: "1:02:03"; "?" for what is no number."""
     if seconds != seconds:
         return "?"
     minutes, seconds = divmod(round(seconds), 60)

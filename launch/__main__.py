@@ -7,13 +7,11 @@ python -m launch rehearse --processes=2 --devices=4 -- --config=configs/mnist.py
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import pathlib
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from launch import TARGETS, LaunchError, load_runs, render
+from launch import LaunchError, add_flags, load_runs, render, write
 from launch.rehearsal import Rehearsal
 
 
@@ -30,16 +28,8 @@ def main(arguments: Sequence[str]) -> int:
     parser = _Parser(prog="python -m launch", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="{render,rehearse}")
     one = commands.add_parser("render", help="the files that launch runs", allow_abbrev=False)
-    one.add_argument("--target", required=True, choices=TARGETS)
     one.add_argument("--runs", required=True, help="a Python file with runs(), of launch.Run")
-    one.add_argument("--out", required=True, help="folder of the files")
-    settings = {field.name: field for it in TARGETS.values() for field in dataclasses.fields(it)}
-    for name, field in settings.items():
-        targets = [it for it, of in TARGETS.items() if name in of.__dataclass_fields__]
-        kind = {"bool": {"action": "store_true"}, "int": {"type": int}}.get(field.type, {})
-        one.add_argument(
-            f"--{name}", help=f"of {', '.join(targets)}", default=argparse.SUPPRESS, **kind
-        )
+    add_flags(one)
     two = commands.add_parser(
         "rehearse", help="N processes here; main.py's flags come after --", allow_abbrev=False
     )
@@ -71,15 +61,7 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _render(target: str, runs: str, out: str, **settings) -> int:
     try:
-        files = render(load_runs(runs), target, **settings)
-        folder = pathlib.Path(out)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for name, text in files.items():
-                (folder / name).write_text(text)
-                print(f"{TARGETS[target].start}{folder / name}")
-        except OSError as error:
-            raise LaunchError(f"--out={out} cannot be written: {error.strerror}") from error
+        write(render(load_runs(runs), target, **settings), target, out)
     except LaunchError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -101,11 +101,18 @@ def check_runs(runs: Iterable[Run]) -> None:
                 f"run {run.name!r}: config {run.config!r} must be a path inside the repository, "
                 "which is what the hosts have"
             )
-        _check_config(run)
+        read_config(run)
 
 
-def _check_config(run: Run) -> None:
-    """Loads the configuration as main.py would, from the same flags."""
+def read_config(run: Run) -> Any:
+    """Reads the configuration as main.py would, from the same flags, and checks each key.
+
+    Returns:
+      The ConfigDict, with the overrides.
+
+    Raises:
+      LaunchError: naming the run, the key, its value and what would do.
+    """
     # Not at the start: it takes two seconds, and a rehearsal needs none of it.
     from absl import flags
     from ml_collections import config_flags
@@ -132,6 +139,7 @@ def _check_config(run: Run) -> None:
                 f"run {run.name!r}: {key}={value!r} would be read as {now.get(key)!r}; "
                 "give one value of the configuration, with its type"
             )
+    return values.config
 
 
 def _one_line(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import math
@@ -9,7 +10,7 @@ import pathlib
 import re
 import shlex
 import string
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
 from launch.runs import LaunchError, Run, check_runs
@@ -208,6 +209,35 @@ class Slurm(_Target):
 
 
 TARGETS = {"jobset": JobSet, "gcloud": Gcloud, "slurm": Slurm}
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Those of a command line that renders: the target, the settings of each, and the folder."""
+    parser.add_argument("--target", required=True, choices=TARGETS)
+    parser.add_argument("--out", required=True, help="folder of the files")
+    settings = {field.name: field for it in TARGETS.values() for field in dataclasses.fields(it)}
+    for name, field in settings.items():
+        targets = [it for it, of in TARGETS.items() if name in of.__dataclass_fields__]
+        kind = {"bool": {"action": "store_true"}, "int": {"type": int}}.get(field.type, {})
+        parser.add_argument(
+            f"--{name}", help=f"of {', '.join(targets)}", default=argparse.SUPPRESS, **kind
+        )
+
+
+def write(files: Mapping[str, str], target: str, out: str) -> None:
+    """Writes rendered files into the folder `out`, and prints the command that launches each.
+
+    Raises:
+      LaunchError: where it cannot be written.
+    """
+    folder = pathlib.Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            (folder / name).write_text(text)
+            print(f"{TARGETS[target].start}{folder / name}")
+    except OSError as error:
+        raise LaunchError(f"--out={out} cannot be written: {error.strerror}") from error
 
 
 def render(runs: Iterable[Run], target: str, **settings: str | int | bool) -> dict[str, str]:

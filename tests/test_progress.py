@@ -131,4 +131,4 @@ def test_other_processes_print_nothing(clock, capsys):
     ],
 )
 def test_duration(seconds, text):
-    assert progress_lib._duration(seconds) == text
+    assert progress_lib.duration(seconds) == text
