@@ -103,7 +103,7 @@ TABLE = {
     "launch": ("launch", "", ""),
     "launch.runs": ("launch config", "", "absl ml_collections"),
     "experiments": (
-        "halonet configs experiments",
+        "halonet configs experiments launch",
         "absl jax matplotlib ml_collections numpy optax pandas PIL sklearn submitit",
         "",
     ),
