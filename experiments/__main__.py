@@ -120,10 +120,10 @@ def _status(name: str, root: str) -> int:
 
 
 def _collect(name: str, root: str, out: str | None) -> int:
-    from experiments.collect import collect  # it needs pandas, and JAX
-
     folder = epath.Path(root) / name
-    sweeps.read_record(folder)
+    sweeps.read_record(folder)  # where there is none, that is said at once
+    from experiments.collect import collect
+
     collect(folder, out=out or folder)
     return 0
 

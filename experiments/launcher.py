@@ -123,7 +123,7 @@ class Launcher:
         for job in self._running:
             if self._signals > job.signalled:
                 (job.process.kill if job.signalled else job.process.terminate)()
-                job.signalled = self._signals
+                job.signalled += 1
 
     def _start(self) -> None:
         for member in list(self._todo):
@@ -134,6 +134,10 @@ class Launcher:
             elif log := self._take(member):
                 self._todo.remove(member)
                 self._launch(member, log)
+        for member in self._todo:
+            if not self._running and member.id not in self._waiting:
+                self._waiting.add(member.id)
+                self._line.say(f"{member.name} is run by another launcher: waiting for it")
 
     def _is_done(self, member: sweeps.Member) -> bool:
         found = sweeps.state(self._folder, member.id)
@@ -150,9 +154,6 @@ class Launcher:
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             log.close()
-            if not self._running and member.id not in self._waiting:
-                self._waiting.add(member.id)
-                self._line.say(f"{member.name} is run by another launcher: waiting for it")
             return None
         return log
 
@@ -228,6 +229,8 @@ class Launcher:
                 self._todo.appendleft(member)
             else:
                 self._line.say(f"{where}, more than {_RESTARTS} times: passed over")
+        elif job.signalled > 1:
+            self._line.say(f"{name} was killed at step {found.step}")
         elif code == _USED and (self._folder / member.id / "lock.json").exists():
             self._line.say(f"{name} is passed over: {self._last_line(member)}")
         else:
