@@ -24,7 +24,7 @@ from etils import epath
 
 from experiments import sweeps
 from experiments.launcher import Launcher
-from launch import LaunchError, add_flags, render, write
+from launch import add_flags, render, write
 
 
 class _Parser(argparse.ArgumentParser):
@@ -58,7 +58,8 @@ def main(arguments: Sequence[str]) -> int:
     for name in ("run", "render"):
         each[name].add_argument("--index", type=int, help="only this member, counted from 0")
     each["run"].add_argument("--jobs", type=int, default=1, help="members at a time")
-    each["collect"].add_argument("--out", help="folder of the report; by default the sweep's")
+    each["collect"].add_argument("--out", default="", help="of the report; else the sweep's folder")
+    each["collect"].add_argument("--allow_mixed", action="store_true", help="versions of the code")
     each["render"].add_argument("--topology", required=True, help="v5e:16x16, or gpu:NODESxGPUS")
     add_flags(each["render"])
     if not arguments:
@@ -76,7 +77,9 @@ def main(arguments: Sequence[str]) -> int:
         given["settings"] = settings
     try:
         return _COMMANDS[command](**given)
-    except (sweeps.SweepError, LaunchError) as error:
+    except ValueError as error:
+        if not hasattr(error, "exit_code"):
+            raise
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
 
@@ -119,12 +122,12 @@ def _status(name: str, root: str) -> int:
     return 0
 
 
-def _collect(name: str, root: str, out: str | None) -> int:
+def _collect(name: str, root: str, **options) -> int:
     folder = epath.Path(root) / name
     sweeps.read_record(folder)  # where there is none, that is said at once
     from experiments.collect import collect
 
-    collect(folder, out=out or folder)
+    collect(folder, **options)
     return 0
 
 

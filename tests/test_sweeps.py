@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from halonet.config import flatten
 from halonet.runtime import WorkdirLock
 from launch import TARGETS
 from launch.runs import read_config
+from tests.test_pods import parsed_by_main
 
 ROOT = pathlib.Path(__file__).parent.parent
 # ml_collections loads config files by an older way of importlib.
@@ -384,7 +386,7 @@ def test_what_is_wrong_for_all_is_refused():
         sweeps.check(sweep_of({"seed": 3}, **{"modl.border": "mask"}), devices=1)
     with pytest.raises(SweepError, match="experiments/borders.py:half: unknown scale 'half'; "):
         sweeps.check(sweep_of({"seed": 3}, config="experiments/borders.py:half"), devices=1)
-    with pytest.raises(SweepError, match=r"batch_size=64 cannot be shared by 4 devices"):
+    with pytest.raises(SweepError, match="batch_size=32 cannot be shared by 4 devices"):
         sweeps.check(sweep_of({"seed": 3}), devices=4)
 
 
@@ -550,6 +552,7 @@ def test_the_list_has_every_sweep(capsys):
     assert re.search(r"^scale_smoke +7 members  How does accuracy grow with .*\?$", out, re.M)
 
 
+@pytest.mark.middle  # for the process in which it is checked
 def test_nothing_is_started_of_a_sweep_that_is_refused(monkeypatch, capfd, tmp_path):
     monkeypatch.setattr(command_line, "Launcher", pytest.fail)
     code, err, _ = said(
@@ -589,15 +592,17 @@ def test_a_run_launches_what_was_chosen(monkeypatch, capsys, tmp_path):
 def test_collecting_is_left_to_its_module(monkeypatch, capsys, tmp_path):
     folder = tmp_path / "borders_smoke"
     sweeps.write_record(sweep_of({"seed": 1}), epath.Path(folder))
-    asked = []
-    stand_in = types.SimpleNamespace(collect=lambda folder, *, out: asked.append((folder, out)))
-    monkeypatch.setitem(sys.modules, "experiments.collect", stand_in)
-    assert said(capsys, "collect", "borders_smoke", f"--root={tmp_path}")[0] == 0
-    assert said(capsys, "collect", "borders_smoke", f"--root={tmp_path}", "--out=here")[0] == 0
-    assert [(str(a), str(b)) for a, b in asked] == [
-        (str(folder), str(folder)),
-        (str(folder), "here"),
-    ]
+
+    def collect(folder, *, out, allow_mixed):
+        if not allow_mixed:
+            raise SweepError(f"two versions in {folder}")
+        print(folder, out)
+
+    module = types.SimpleNamespace(collect=collect)
+    monkeypatch.setitem(sys.modules, "experiments.collect", module)
+    command = ("collect", "borders_smoke", f"--root={tmp_path}")
+    assert said(capsys, *command) == (2, f"error: two versions in {folder}\n", "")
+    assert said(capsys, *command, "--allow_mixed", "--out=o") == (0, "", f"{folder} o\n")
 
 
 RENDER = {
@@ -631,3 +636,53 @@ def test_what_the_devices_of_a_cluster_cannot_share_is_refused(capsys, tmp_path)
     assert list(tmp_path.iterdir()) == []
     options = ["--topology=v5e:16x16", "--config.model.bn_group=16"]
     assert said(capsys, "render", "scale", *where, *options)[0] == 0
+
+
+# docs/sweeps.md
+
+PAGE = (ROOT / "docs" / "sweeps.md").read_text()
+BLOCKS = re.findall(r"(<!-- needs hardware -->\n)?^```(\w*)\n(.*?)^```$", PAGE, re.DOTALL | re.M)
+COMMANDS = [
+    command
+    for marked, language, text in BLOCKS
+    if not marked and not language
+    for command in text.splitlines()
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_of_the_page_does_what_it_says(command, monkeypatch, capsys, tmp_path):
+    words = shlex.split(command)
+    if words[:2] == ["python", "main.py"]:
+        parsed_by_main(words[2:], monkeypatch)
+        return
+    assert words[:3] == ["python", "-m", "experiments"]
+    if words[3] in ("run", "status", "collect"):
+        words.append(f"--root={tmp_path}")
+    if words[3] in ("status", "collect"):
+        sweeps.write_record(sweeps.load(words[4]), epath.Path(tmp_path) / words[4])
+    words = [it.replace("--out=", f"--out={tmp_path}/") for it in words]
+    monkeypatch.setattr(command_line, "Launcher", lambda *_, **__: types.SimpleNamespace(run=int))
+    done = types.SimpleNamespace(returncode=0)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
+    monkeypatch.setattr(sweeps, "check", lambda *_, **__: [])
+    module = types.SimpleNamespace(collect=lambda folder, *, out, allow_mixed: None)
+    monkeypatch.setitem(sys.modules, "experiments.collect", module)
+    assert said(capsys, *words[3:])[:2] == (0, "")
+
+
+def test_the_sweep_of_the_page_is_one(monkeypatch, tmp_path):
+    (text,) = (text for _, language, text in BLOCKS if language == "python")
+    (tmp_path / "drop_path.py").write_text(text)
+    monkeypatch.setattr(sweeps, "FOLDER", tmp_path)
+    sweep = sweeps.load("drop_path_smoke")
+    assert [member.name for member in sweep.members] == ["rate0", "rate10", "rate20"]
+    # Its configuration is that of others; main.py would look for the file in this repository.
+    sweeps.check(dataclasses.replace(sweep, config=CONFIG), devices=1)
+
+
+def test_the_page_lists_the_sweeps():
+    for name in NAMES[::2]:
+        full, smoke = (len(sweeps.load(it).members) for it in (name, f"{name}_smoke"))
+        file = f"[{name}](../experiments/{name}.py)"
+        assert f"| {file} | {sweeps.question(name)} | {full} | {smoke} |\n" in PAGE
