@@ -24,7 +24,8 @@ from etils import epath
 
 from experiments import sweeps
 from experiments.launcher import Launcher
-from launch import add_flags, render, write
+from launch import render
+from launch.targets import add_flags, write
 
 
 class _Parser(argparse.ArgumentParser):
@@ -77,7 +78,7 @@ def main(arguments: Sequence[str]) -> int:
         given["settings"] = settings
     try:
         return _COMMANDS[command](**given)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         if not hasattr(error, "exit_code"):
             raise
         print(f"error: {error}", file=sys.stderr)

@@ -102,8 +102,8 @@ class Launcher:
                     looked = time.monotonic()
                 time.sleep(0.1)
         finally:
-            for job in self._running:
-                job.process.kill()
+            for job in self._running:  # where this process itself has failed
+                job.process.terminate()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
         left = len(self._members) - self._done - self._failed
@@ -188,9 +188,9 @@ class Launcher:
 
     def _share(self, slot: int) -> set[int]:
         """The cores of one of the members that run at a time; empty: all of them."""
-        if not hasattr(os, "sched_getaffinity"):
+        cores = sorted(os.sched_getaffinity(0)) if _libc is not None else []
+        if len(cores) < self._jobs:
             return set()
-        cores = sorted(os.sched_getaffinity(0))
         first, end = (len(cores) * it // self._jobs for it in (slot, slot + 1))
         return set(cores[first:end])
 
@@ -260,7 +260,7 @@ class Launcher:
         running = ", ".join(f"{job.member.name} {found.fraction:.0%}" for job, found in states)
         self._line.show(
             f"{self._done} done, {len(states)} running, {self._failed} failed, {len(self._todo)} "
-            f"left; {duration(left)} left; {running}"
+            f"queued; {duration(left)} left: {running}"
         )
 
 

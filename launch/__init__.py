@@ -5,6 +5,6 @@ python -m launch rehearse --processes=2 --devices=4 -- --config=configs/mnist.py
 """
 
 from launch.runs import LaunchError, Run, load_runs
-from launch.targets import TARGETS, add_flags, render, write
+from launch.targets import TARGETS, render
 
-__all__ = ["TARGETS", "LaunchError", "Run", "add_flags", "load_runs", "render", "write"]
+__all__ = ["TARGETS", "LaunchError", "Run", "load_runs", "render"]

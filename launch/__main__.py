@@ -11,8 +11,9 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from launch import LaunchError, add_flags, load_runs, render, write
+from launch import LaunchError, load_runs, render
 from launch.rehearsal import Rehearsal
+from launch.targets import add_flags, write
 
 
 class _Parser(argparse.ArgumentParser):
