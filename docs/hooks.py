@@ -103,7 +103,7 @@ class Key:
     def type(self) -> str:
         value = ast.parse(self.value, mode="eval").body
         if isinstance(value, ast.Tuple):
-            return f"{len(value.elts)} floats"
+            return f"{len(value.elts)} floats" if value.elts else "ints"
         return type(ast.literal_eval(value)).__name__
 
 

@@ -72,12 +72,12 @@ def main(arguments: Sequence[str]) -> int:
     settings = [it.removeprefix("--config.") for it in rest]
     for flag, setting in zip(rest, settings, strict=True):
         if command not in ("check", "run", "render") or flag == setting or "=" not in setting:
-            hint = "; a key is set by --config.KEY=VALUE" if "config." in flag else ""
+            hint = "; a key is set by --config.key=value" if "config." in flag else ""
             parser.error(f"unrecognized argument: {flag}{hint}")
     if command in ("check", "run", "render"):
         given["settings"] = settings
     try:
-        return _COMMANDS[command](**given)
+        return COMMANDS[command](**given)
     except (ValueError, OSError) as error:
         if not hasattr(error, "exit_code"):
             raise
@@ -167,7 +167,7 @@ def _chosen(sweep: sweeps.Sweep, index: int | None) -> sweeps.Sweep:
     return dataclasses.replace(sweep, members=(sweep.members[index],))
 
 
-_COMMANDS = {
+COMMANDS = {
     "list": _list,
     "check": _check,
     "run": _run,

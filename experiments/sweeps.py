@@ -8,7 +8,7 @@ of overrides by dotted key and the member's "name":
         yield {"name": "b8h3", "model.block_size": 8, "model.halo_size": 3}
 
 A member is the command `python main.py --config=experiments/FILE.py:SCALE --workdir=ROOT/SWEEP/ID
---config.KEY=VALUE ...`. Its id has a hash of the overrides, so that another order or another name
+--config.key=value ...`. Its id has a hash of the overrides, so that another order or another name
 of the file's members never mixes their runs. Beside its workdir lie ID.json, what the launcher
 remembers of it, and ID.log, what it printed.
 """

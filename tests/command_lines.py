@@ -17,6 +17,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 import main
+from experiments import __main__ as sweeps_main
 from halonet.config import check_values, parse_flags
 from halonet.data import __main__ as data_main
 from halonet.models import __main__ as models_main
@@ -149,6 +150,10 @@ def read(command, monkeypatch, folder):
         words[out] = f"--out={folder / 'rendered'}"
         words = [it.replace("--runs=", f"--runs={folder}/") for it in words]
         assert launch_main.main(words[3:]) == 0
+    elif words[:3] == ["python", "-m", "experiments"]:
+        for name in sweeps_main.COMMANDS:
+            monkeypatch.setitem(sweeps_main.COMMANDS, name, lambda **_: 0)
+        assert sweeps_main.main(words[3:]) == 0
     elif words[:2] == ["python", "-m"]:
         path = f"{words[2].replace('.', '/')}.py"
         assert read_by_script(path, words[3:], monkeypatch) == []

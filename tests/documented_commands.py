@@ -1,14 +1,14 @@
 """Every command of README.md, CONTRIBUTING.md, SECURITY.md and docs/, and what runs it.
 
 A command that is no line here, and a line that is no command there, fail tests/test_docs.py, which
-has the flags of each read by its program, too. docs/pods.md and docs/results.md have tests of
-their own.
+has the flags of each read by its program, too. Pages of OWN_TESTS have tests of their own.
 """
 
 OWN_TESTS = {
     "docs/pods.md": "tests/test_pods.py::test_a_command_does_what_it_says",
     "docs/results.md": "tests/test_report.py::"
     "test_the_results_in_the_docs_are_what_the_tables_give",
+    "docs/sweeps.md": "tests/test_sweeps.py::test_a_command_of_the_page_does_what_it_says",
 }
 
 # What runs as it stands, or on less data: test, commands.

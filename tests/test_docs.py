@@ -146,6 +146,7 @@ def test_keys_and_flags_exist():
             *("main.py", "launch/__main__.py", "halonet/data/__main__.py"),
             *("halonet/models/__main__.py", "halonet/models/convert/__main__.py"),
             *("experiments/bench_attention.py", "launch/targets.py"),
+            "experiments/__main__.py",
         )
     )
     for name, page in PAGES.items():

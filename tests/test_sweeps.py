@@ -24,7 +24,7 @@ from halonet.config import flatten
 from halonet.runtime import WorkdirLock
 from launch import TARGETS
 from launch.runs import read_config
-from tests.test_pods import parsed_by_main
+from tests import command_lines
 
 ROOT = pathlib.Path(__file__).parent.parent
 # ml_collections loads config files by an older way of importlib.
@@ -525,7 +525,7 @@ def said(capsys, *arguments):
         (["run", "scale", "--job=2"], "unrecognized argument: --job=2"),
         (
             ["run", "scale", "--config.seed"],
-            "unrecognized argument: --config.seed; a key is set by --config.KEY=VALUE",
+            "unrecognized argument: --config.seed; a key is set by --config.key=value",
         ),
         (["status", "scale", "--config.seed=1"], "unrecognized argument: --config.seed=1; a key"),
         (["run", "scale", "--jobs=0"], "--jobs=0 must be at least 1"),
@@ -643,20 +643,14 @@ def test_what_the_devices_of_a_cluster_cannot_share_is_refused(capsys, tmp_path)
 # docs/sweeps.md
 
 PAGE = (ROOT / "docs" / "sweeps.md").read_text()
-BLOCKS = re.findall(r"(<!-- needs hardware -->\n)?^```(\w*)\n(.*?)^```$", PAGE, re.DOTALL | re.M)
-COMMANDS = [
-    command
-    for marked, language, text in BLOCKS
-    if not marked and not language
-    for command in text.splitlines()
-]
+BLOCKS = command_lines.blocks(PAGE)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", command_lines.commands(PAGE), ids=lambda it: it[:60])
 def test_a_command_of_the_page_does_what_it_says(command, monkeypatch, capsys, tmp_path):
     words = shlex.split(command)
     if words[:2] == ["python", "main.py"]:
-        parsed_by_main(words[2:], monkeypatch)
+        command_lines.read(command, monkeypatch, tmp_path)
         return
     assert words[:3] == ["python", "-m", "experiments"]
     if words[3] in ("run", "status", "collect"):
@@ -674,7 +668,7 @@ def test_a_command_of_the_page_does_what_it_says(command, monkeypatch, capsys, t
 
 
 def test_the_sweep_of_the_page_is_one(monkeypatch, tmp_path):
-    (text,) = (text for _, language, text in BLOCKS if language == "python")
+    (text,) = (block.text for block in BLOCKS if block.language == "python")
     (tmp_path / "drop_path.py").write_text(text)
     monkeypatch.setattr(sweeps, "FOLDER", tmp_path)
     sweep = sweeps.load("drop_path_smoke")
