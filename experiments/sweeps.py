@@ -8,9 +8,9 @@ of overrides by dotted key and the member's "name":
         yield {"name": "b8h3", "model.block_size": 8, "model.halo_size": 3}
 
 A member is the command `python main.py --config=experiments/FILE.py:SCALE --workdir=ROOT/SWEEP/ID
---config.key=value ...`. Its id has a hash of the overrides, so that another order or another name
-of the file's members never mixes their runs. Beside its workdir lie ID.json, what the launcher
-remembers of it, and ID.log, what it printed.
+--config.key=value ...`. Its id has a hash of the overrides, so that no change of the file mixes the
+runs of its members. Beside its workdir lie ID.json, what the launcher remembers of it, and ID.log,
+what it printed.
 """
 
 from __future__ import annotations
@@ -170,6 +170,10 @@ def _members(sweep: str, found: Sequence[Any], common: Mapping[str, Any]) -> tup
                 "dotted key and a 'name'"
             )
         member = Member(overrides["name"], {k: v for k, v in overrides.items() if k != "name"})
+        try:
+            json.dumps(member.overrides)
+        except TypeError as error:
+            raise SweepError(f"member '{member.name}' of sweep {sweep}: {error}") from error
         for other in members:
             if member.name == other.name:
                 raise SweepError(f"sweep {sweep} has two members named '{member.name}'")
@@ -234,7 +238,12 @@ def write_record(sweep: Sweep, folder: epath.Path) -> None:
                 f"{folder} has members that the sweep has no more, or has changed: "
                 f"{', '.join(gone)}; take another --root, or remove that folder"
             )
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SweepError(
+            f"{folder} cannot be made: {error.strerror}; take another --root"
+        ) from error
     write_whole(path, json.dumps(now, indent=1) + "\n")
 
 

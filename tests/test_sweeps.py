@@ -328,6 +328,10 @@ def test_a_sweep_is_read_with_its_scale(made):
             '[{"name": "a", "train.epochs": 3}]',
             "--config.train.epochs=2: member 'a' sets it to 3; it cannot be the same for all",
         ),
+        (
+            '[{"name": "a", "seed": {1}}]',
+            "member 'a' of sweep made: Object of type set is not JSON serializable",
+        ),
         ("[1 / 0]", "experiments/made.py: ZeroDivisionError: division by zero"),
     ],
 )
@@ -460,6 +464,12 @@ def test_a_record_grows_and_does_not_change(tmp_path):
         sweeps.write_record(other, folder)
     with pytest.raises(SweepError, match="other config: experiments/borders.py:smoke there, "):
         sweeps.write_record(dataclasses.replace(more, config="experiments/a.py:smoke"), folder)
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "runs").touch()
+    with pytest.raises(SweepError, match="runs/made cannot be made: Not a directory; take another"):
+        sweeps.write_record(sweep_of({"seed": 1}), epath.Path(tmp_path) / "runs" / "made")
 
 
 def test_states_are_read_from_files(tmp_path, capsys):
