@@ -53,23 +53,23 @@ def test_a_sweep_survives_the_kill_of_a_member_and_of_its_launcher(tmp_path):
     def remembered(name):
         return json.loads((folder / f"{members[name]}.json").read_text())
 
-    def one(state, steps=0):
-        """A member in that state, with so many steps at least."""
-        found = (it for it in states().items() if it[1].name == state and it[1].step >= steps)
-        return next(found, ("",))[0]
+    def one(state):
+        """A member in that state; of those that run, one in the middle."""
+        found = (name for name, it in states().items() if it.name == state)
+        middle = range(2, 15) if state == "running" else range(SHORT["train.steps"] + 1)
+        return next((name for name in found if states()[name].step in middle), "")
 
     launcher, _ = run(tmp_path)
     try:
         # One is killed at work; the others go on.
-        until(lambda: one("running", 2), launcher)
-        killed = one("running", 2)
+        killed = until(lambda: one("running"), launcher)
         owner = json.loads((folder / members[killed] / "lock.json").read_text())
         os.kill(owner["pid"], signal.SIGKILL)
         until(lambda: states()[killed].name == "failed", launcher)
         assert states()[killed].exit_code == 137
         until(lambda: one("done"), launcher)
         # Then the launcher, while others are at work, who save.
-        interrupted = until(lambda: one("running", 2), launcher)
+        interrupted = until(lambda: one("running"), launcher)
     finally:
         launcher.kill()
         launcher.wait()
@@ -85,7 +85,8 @@ def test_a_sweep_survives_the_kill_of_a_member_and_of_its_launcher(tmp_path):
         assert states()[name].name == "done"
         summary = json.loads((folder / members[name] / "summary.json").read_text())
         assert summary["step"] == SHORT["train.steps"]
-        assert remembered(name)["exit_code"] == 0
+        # One that came to its end after its launcher had no one to see that.
+        assert remembered(name).get("exit_code", 0) == 0
     assert {name for name in members if remembered(name)["attempts"] > 1} >= {killed, interrupted}
     for name in done:
         assert f"{name} has ended already" in said.read_text()
