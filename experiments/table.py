@@ -17,6 +17,7 @@ from typing import Any
 
 from etils import epath
 
+from experiments.sweeps import RECORD, SweepError, read_record, state
 from halonet import files, metrics
 from halonet.config import load_config
 from halonet.report import read_summary
@@ -24,8 +25,6 @@ from halonet.report import read_summary
 Row = dict[str, Any]
 ROOT = pathlib.Path(__file__).parent.parent
 SEED = "config.seed"
-# Exit codes of a run that was told to stop: it goes on when it is started again.
-STOPPED = (75, 143)
 
 # column: (of summary.json, unit or meaning). Those of the configuration stand before them, named
 # "config.KEY", and those of versions behind.
@@ -51,10 +50,8 @@ _TEXTS = ("devices",)
 COLUMNS = ("name", "id", "state", *MEASURED, "config", "command")
 
 
-class CollectError(ValueError):
+class CollectError(SweepError):
     """A sweep that cannot be collected. The message says what would do."""
-
-    exit_code = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +61,7 @@ class Member:
     Attributes:
       name, id, overrides: as sweep.json has them.
       workdir: of its run; it need not exist.
-      state: "done", "failed", "unfinished" or "queued".
+      state: as `experiments.sweeps.State` has it.
       summary: of a run that goes on, what is known of it so far.
       history: its rows of metrics.
       config: its configuration, nested; {} where there is none.
@@ -106,17 +103,12 @@ def read_sweep(folder: epath.PathLike) -> Sweep:
       CollectError: where there is none, or no member has finished.
     """
     folder = epath.Path(folder)
-    path = folder / "sweep.json"
-    if not path.exists():
-        raise CollectError(
-            f"{folder} holds no sweep: there is no sweep.json in it; "
-            f"python -m experiments run {folder.name} makes one"
-        )
     try:
-        saved = json.loads(path.read_text())
+        saved = read_record(folder)
         name, config, common = saved["sweep"], saved["config"], saved["overrides"]
         members = [_member(folder, **member) for member in saved["members"]]
-    except (ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
+        path = folder / RECORD
         raise CollectError(f"{path} is damaged: {type(error).__name__}: {error}") from error
     flags = [f"--config.{key}={as_text(value)}" for key, value in common.items()]
     command = shlex.join(["python", "-m", "experiments", "run", name, *flags])
@@ -133,21 +125,8 @@ def _member(folder: epath.Path, name: str, id: str, overrides: dict[str, Any]) -
     summary, history, config = read_summary(workdir), metrics.read_metrics(workdir), {}
     if (workdir / "config.json").exists():
         config = load_config(workdir).to_dict()
-    if summary:
-        state = "done"
-    elif _exit_code(folder / f"{id}.json") not in (0, *STOPPED):
-        state = "failed"
-    else:
-        state = "unfinished" if history else "queued"
-    return Member(name, id, overrides, workdir, state, summary or _so_far(history), history, config)
-
-
-def _exit_code(path: epath.Path) -> int:
-    """That of the last attempt, as the launcher wrote it down; 0 where it did not."""
-    try:
-        return json.loads(path.read_text()).get("exit_code") or 0
-    except (FileNotFoundError, ValueError):
-        return 0
+    summary, now = summary or _so_far(history), state(folder, id).name
+    return Member(name, id, overrides, workdir, now, summary, history, config)
 
 
 def _so_far(history: list[metrics.Row]) -> dict[str, Any]:
