@@ -46,6 +46,29 @@ def learning_curves(rows: Sequence[dict[str, Any]], path: epath.PathLike) -> Non
     _save(figure, path)
 
 
+def compared_curves(runs: Mapping[str, Sequence[dict[str, Any]]], path: epath.PathLike) -> None:
+    """Draws the loss and the top-1 error of runs over the steps, in one plot each, as a PNG.
+
+    Args:
+      runs: of each, by its name, the rows of `halonet.metrics.read_metrics`.
+      path: of the PNG, may be gs://.
+    """
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    training, loss, error = figure.subplots(1, 3)
+    for name, rows in runs.items():
+        training.plot(*_series(rows, "train/loss"), label=name, linewidth=0.8)
+        loss.plot(*_series(rows, "eval/loss"), label=name, marker="o", markersize=3)
+        steps, top1 = _series(rows, "eval/top1")
+        error.plot(steps, [100 * (1 - it) for it in top1], label=name, marker="o", markersize=3)
+    training.set(title="loss of training batches (nats)", xlabel="step", yscale="log")
+    loss.set(title="loss, held out (nats)", xlabel="step", yscale="log")
+    error.set(title="top-1 error, held out (%)", xlabel="step")
+    for axis in (training, loss, error):
+        axis.legend(frameon=False)
+        axis.grid(alpha=0.3)
+    _save(figure, path)
+
+
 def prediction_sheet(
     images: np.ndarray,
     labels: np.ndarray,
@@ -73,25 +96,47 @@ def prediction_sheet(
     confidence = probabilities.max(axis=-1)
     wrong = predicted != labels
     order = np.lexsort((np.where(wrong, -confidence, confidence), ~wrong))[: rows * columns]
-    rows = -(-len(order) // columns)
+    captions, colors = [], []
+    for index in order:
+        caption = f"{classes[predicted[index]]}  {confidence[index]:.0%}"
+        if wrong[index]:
+            caption = f"{classes[labels[index]]} as {caption}"
+        captions.append(caption)
+        colors.append("tab:red" if wrong[index] else "tab:green")
+    title = f"{wrong.sum()} mistakes in {len(labels)}, first; then the least certain"
+    sheet(images[order], captions, path, colors=colors, title=title, columns=columns)
 
+
+def sheet(
+    images: np.ndarray,
+    captions: Sequence[str],
+    path: epath.PathLike,
+    *,
+    colors: Sequence[str] = (),
+    title: str = "",
+    columns: int = 10,
+) -> None:
+    """Draws images in rows, a caption above each, as a PNG.
+
+    Args:
+      images: uint8 (N, H, W, 3).
+      captions: N texts.
+      path: of the PNG, may be gs://.
+      colors: of the captions; black where there are none.
+      title: above all.
+    """
+    rows = -(-len(images) // columns)
     # One pair of axes for all: sixty pairs of their own take ten times as long to lay out.
     height = rows * 1.25 + 0.4
     figure = Figure(figsize=(columns * 1.05, height))
-    figure.suptitle(
-        f"{wrong.sum()} mistakes in {len(labels)}, first; then the least certain",
-        y=1 - 0.1 / height,
-    )
+    figure.suptitle(title, y=1 - 0.1 / height)
     axis = figure.add_axes((0, 0, 1, 1 - 0.4 / height))
-    for place, index in enumerate(order):
+    for place, (image, caption) in enumerate(zip(images, captions, strict=True)):
         row, column = divmod(place, columns)
         left, right, bottom, top = column + 0.05, column + 0.95, row + 0.96, row + 0.20
-        axis.imshow(images[index], extent=(left, right, bottom, top), aspect="auto")
-        title = f"{classes[predicted[index]]}  {confidence[index]:.0%}"
-        if wrong[index]:
-            title = f"{classes[labels[index]]} as {title}"
-        color = "tab:red" if wrong[index] else "tab:green"
-        axis.text(column + 0.5, row + 0.17, title, fontsize=8, color=color, ha="center")
+        axis.imshow(image, extent=(left, right, bottom, top), aspect="auto")
+        color = colors[place] if colors else "black"
+        axis.text(column + 0.5, row + 0.17, caption, fontsize=8, color=color, ha="center")
     axis.set(xlim=(0, columns), ylim=(rows, 0))
     axis.axis("off")
     _save(figure, path)
@@ -158,6 +203,51 @@ def reliability(bins: Mapping[str, Mapping[str, Sequence[float]]], path: epath.P
         axis.set(title=f"{name}\ncalibration error {error:.2%}", xlabel="confidence")
         axis.set(xlim=(0, 1), ylim=(0, 1), ylabel="top-1 accuracy (bars)")
     panels[0].legend(frameon=False, loc="upper left", fontsize=8)
+    _save(figure, path)
+
+
+def heat_maps(
+    maps: Mapping[str, np.ndarray],
+    path: epath.PathLike,
+    *,
+    image: np.ndarray | None = None,
+    at: tuple[float, float] | None = None,
+    columns: int = 4,
+    signed: bool = False,
+) -> None:
+    """Draws matrices as colours, each in its own scale, as a PNG; over an image where one is given.
+
+    Args:
+      maps: by their titles: (h, w) each.
+      path: of the PNG, may be gs://.
+      image: uint8 (H, W, 3), which every map covers whole.
+      at: row and column of a star, in pixels of the image, or else of the maps.
+      columns: panels side by side.
+      signed: whether red and blue tell signs, around white; else from 0 on.
+    """
+    columns = min(columns, len(maps))
+    rows = -(-len(maps) // columns)
+    height, width = next(iter(maps.values())).shape if image is None else image.shape[:2]
+    tall = np.clip(2.7 * height / width, 1.0, 4.5) + 0.4
+    figure = Figure(figsize=(2.7 * columns, tall * rows), layout="compressed")
+    for axis in (grid := figure.subplots(rows, columns, squeeze=False)).flat:
+        axis.axis("off")
+    for axis, (title, values) in zip(grid.flat, maps.items(), strict=False):
+        values = np.asarray(values, np.float32)
+        extent = (0, values.shape[1], values.shape[0], 0)
+        if image is not None:
+            extent = (0, width, height, 0)
+            gray = image @ np.array([0.299, 0.587, 0.114])
+            axis.imshow(gray, cmap="gray", vmin=-128, vmax=255, extent=extent)
+        most = float(np.abs(values).max()) or 1.0
+        style = {"cmap": "RdBu_r", "vmin": -most} if signed else {"cmap": "magma", "vmin": 0}
+        # Over an image what is 0 is not seen: the more, the less of the image.
+        alpha = None if image is None else np.sqrt(np.abs(values) / most)
+        axis.imshow(values, vmax=most, alpha=alpha, extent=extent, interpolation="nearest", **style)
+        if at is not None:
+            style = {"marker": "*", "color": "tab:cyan", "edgecolor": "white", "linewidth": 0.8}
+            axis.scatter(at[1], at[0], s=110, **style)
+        axis.set_title(title, fontsize=9)
     _save(figure, path)
 
 

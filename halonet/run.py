@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from ml_collections import ConfigDict
 
 from halonet import checkpoint, metrics, processes, steps
 from halonet.config import ConfigError, build_model, center_view, flatten, load_config
-from halonet.data import transforms
+from halonet.data import transforms, views
 from halonet.models import HaloNet, resize_tables
 
 WEIGHTS = ("ema", "raw")
@@ -50,22 +51,21 @@ class Run:
         """Images as the model wants them: square, of the run's size, normalised.
 
         Args:
-          images: uint8 arrays (H, W, 3) or (H, W), or PIL images, of any sizes.
+          images: a list, of any sizes: paths of image files, Pillow images, uint8 arrays (H, W, 3)
+            or (H, W). Or one array (N, H, W, 3).
+
+        Raises:
+          DataError: for a file that is missing, damaged or no image; exit code 3.
+          ValueError: for one image that is in no list, and for other arrays.
         """
+        shape = np.shape(images) if isinstance(images, np.ndarray) else ()
+        if isinstance(images, str | os.PathLike) or (len(shape) == 3 and shape[-1] == 3):
+            what = f"images has shape {shape}, that of" if shape else f"images={str(images)!r} is"
+            raise ValueError(f"{what} one image; give a list: [image]")
         view = center_view(self.config)
-        squares = []
-        for image in images:
-            image = np.asarray(image)
-            if image.dtype != np.uint8 or image.ndim not in (2, 3):
-                raise ValueError(
-                    f"an image is {image.dtype} of shape {image.shape}; it must be uint8, "
-                    "(height, width, 3) or (height, width)"
-                )
-            if image.ndim == 2:
-                image = np.repeat(image[..., None], 3, axis=-1)
-            squares.append(view(image))
+        squares = np.stack([view(views.pixels(image)) for image in images])
         mean, std = tuple(self.config.data.mean), tuple(self.config.data.std)
-        return transforms.normalize(np.stack(squares), mean, std)
+        return transforms.normalize(squares, mean, std)
 
     def predict(self, images: Sequence[Any] | np.ndarray) -> Float[np.ndarray, "n classes"]:
         """Probabilities of the classes for images as `preprocess` takes them.

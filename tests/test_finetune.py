@@ -12,10 +12,8 @@ import jax
 import numpy as np
 import optax
 import pytest
-from matplotlib import cbook
-from PIL import Image
-from sklearn.datasets import load_sample_images
 
+from experiments.photographs import write_tiles
 from halonet import checkpoint, config, run, sharding, steps, train
 from tests.small_run import small_config
 
@@ -216,16 +214,7 @@ def main(*arguments):
 @pytest.mark.middle
 def test_photographs_are_told_apart_after_finetuning(tmp_path):
     """Tiles of three photographs, one class each, from the weights of digits."""
-    pictures = dict(zip(("china", "flower"), load_sample_images().images, strict=True))
-    with cbook.get_sample_data("grace_hopper.jpg") as file:
-        pictures["portrait"] = np.asarray(Image.open(file))
-    for name, pixels in pictures.items():
-        folder = tmp_path / "photographs" / name
-        folder.mkdir(parents=True)
-        for top in range(0, len(pixels) - 48, 48):
-            for left in range(0, pixels.shape[1] - 48, 48):
-                tile = Image.fromarray(pixels[top : top + 48, left : left + 48])
-                tile.save(folder / f"{top}_{left}.jpg", quality=90)
+    assert write_tiles(tmp_path / "photographs") == 328
     small = ("--config.eval.batch_size=16", "--config.data.image_size=32")
     weights, workdir = tmp_path / "digits", tmp_path / "run"
     main(

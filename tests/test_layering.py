@@ -26,7 +26,8 @@ TABLE = {
     "halonet": ("models run ops.halo_attention", "", ""),
     "halonet.ops": ("ops", "jax numpy", ""),
     "halonet.models": (
-        "ops.halo_attention ops.table_size ops.BORDERS ops.IMPLEMENTATIONS ops.POSITIONS "
+        "ops.halo_attention ops.attention_weights ops.table_size ops.BORDERS "
+        "ops.IMPLEMENTATIONS ops.POSITIONS "
         "ops.on_each_device ops.row_devices ops.with_neighbours models",
         "flax jax numpy",
         "",

@@ -186,11 +186,20 @@ def _decode_other(
         image.load()
         if image.mode == "CMYK":  # of a JPEG, which Pillow has inverted whatever the marker
             return _from_inks(255 - np.asarray(image), inverted=_has_adobe_marker(encoded))
-        if image.mode.startswith("I"):  # 16 bits of grey, at which convert would clip
-            gray = (np.asarray(image) >> 8).astype(np.uint8)
-            return np.repeat(gray[..., None], 3, axis=2)
-        image.info.pop("transparency", None)  # convert warns of it, to no use
-        return np.asarray(image.convert("RGB"))
+        return rgb(image)
+
+
+def rgb(image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
+    """The pixels of a Pillow image as RGB; see the module for the rules."""
+    if image.mode == "CMYK":  # Pillow's 255 is full ink
+        return _from_inks(np.asarray(image), inverted=False)
+    if image.mode.startswith("I"):  # 16 bits of grey, at which convert would clip
+        gray = (np.asarray(image) >> 8).astype(np.uint8)
+        return np.repeat(gray[..., None], 3, axis=2)
+    if "transparency" in image.info:  # convert warns of it, to no use
+        image = image.copy()
+        del image.info["transparency"]
+    return np.asarray(image.convert("RGB"))
 
 
 @contextlib.contextmanager

@@ -5,16 +5,48 @@ A source gives encoded bytes, or pixels where they are small; a view makes the s
 
 import dataclasses
 import math
+import os
 
 import numpy as np
+from etils import epath
 from jaxtyping import UInt8
 from PIL import Image
 
 from halonet.data import augment, decode, transforms
+from halonet.data.errors import DamagedImageError, DataError
 from halonet.data.randaugment import INTERPOLATIONS, RandAugment
 
 Pixels = UInt8[np.ndarray, "h w 3"]
 Square = UInt8[np.ndarray, "size size 3"]
+
+
+def pixels(image: epath.PathLike | Image.Image | np.ndarray) -> Pixels:
+    """The pixels of what a user has, be it a file, a Pillow image or an array.
+
+    Args:
+      image: the path of an image file (may be gs://), decoded as those of a data set are; a Pillow
+        image; or a uint8 array (H, W, 3) or (H, W).
+
+    Raises:
+      DataError: for a file that cannot be read, and for one that is no image or a damaged one.
+      ValueError: for other arrays.
+    """
+    if isinstance(image, str | os.PathLike):
+        try:
+            return decode.decode(epath.Path(image).expanduser().read_bytes())
+        except decode.DecodeError as error:
+            raise DamagedImageError(f"{image} is not a readable image: {error}") from error
+        except OSError as error:
+            raise DataError(f"{image} cannot be read: {error.strerror or error}") from error
+    if isinstance(image, Image.Image):
+        return decode.rgb(image)
+    image = np.asarray(image)
+    if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
+        raise ValueError(
+            f"an image is {image.dtype} of shape {image.shape}; it must be uint8, "
+            "(height, width, 3) or (height, width), or else a Pillow image or a path"
+        )
+    return np.repeat(image[..., None], 3, axis=-1) if image.ndim == 2 else image
 
 
 @dataclasses.dataclass(frozen=True)

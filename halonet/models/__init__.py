@@ -3,6 +3,7 @@
 from halonet.models.attention import HaloAttention
 from halonet.models.halonet import HaloNet
 from halonet.models.initial import SCHEMES, init_function
+from halonet.models.inside import attention_layers, attention_map, receptive_field
 from halonet.models.registry import VARIANTS, Variant, create_model, list_models
 from halonet.models.tables import resize_tables
 
@@ -12,8 +13,11 @@ __all__ = [
     "HaloAttention",
     "HaloNet",
     "Variant",
+    "attention_layers",
+    "attention_map",
     "create_model",
     "init_function",
     "list_models",
+    "receptive_field",
     "resize_tables",
 ]

@@ -100,6 +100,8 @@ class HaloAttention(nn.Module):
             y.reshape(*y.shape[:3], self.heads, -1)
             for y in (query, *jnp.split(keys_values, [key_width], -1))
         )
+        # For `halonet.models.attention_map`; nothing where "intermediates" is not asked for.
+        self.sow("intermediates", "queries_keys", (query, key))
 
         row_table, col_table, positions = self._tables()
         y = halo_attention(
