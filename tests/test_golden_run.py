@@ -106,16 +106,35 @@ def test_it_computes_what_it_computed(weights):
     np.testing.assert_allclose(logits(run), expected()["logits"][weights], rtol=0, atol=1e-5)
 
 
+def of_version(version, workdir):
+    """A copy of the golden run, as that version of the format has it."""
+    shutil.copytree(GOLDEN, workdir)
+    folder = workdir / "checkpoints" / str(STEP)
+    if version == 1:  # which had no manifest
+        (folder / checkpoint.MANIFEST).unlink()
+    meta = folder / "meta" / "metadata"
+    meta.write_text(json.dumps({**json.loads(meta.read_text()), "format_version": version}))
+    return workdir
+
+
+def test_that_of_the_first_format_computes_the_same(tmp_path):
+    run = load_run(of_version(1, tmp_path / "run"))
+    np.testing.assert_allclose(logits(run), expected()["logits"]["ema"], rtol=0, atol=1e-5)
+
+
+def test_that_of_a_newer_format_is_refused(tmp_path):
+    newer = checkpoint.FORMAT_VERSION + 1
+    workdir = of_version(newer, tmp_path / "run")
+    message = f"^[^\n]*/{STEP} has format version {newer}, newer than .*; update halonet$"
+    with pytest.raises(checkpoint.CheckpointError, match=message) as refused:
+        load_run(workdir)
+    assert refused.value.exit_code == 4
+
+
 @pytest.mark.middle
 @pytest.mark.parametrize("version", [1, 2])
 def test_it_goes_on(tmp_path, capsys, version):
-    workdir = tmp_path / "run"
-    shutil.copytree(GOLDEN, workdir)
-    if version == 1:  # which had no manifest
-        folder = workdir / "checkpoints" / str(STEP)
-        (folder / checkpoint.MANIFEST).unlink()
-        meta = folder / "meta" / "metadata"
-        meta.write_text(json.dumps({**json.loads(meta.read_text()), "format_version": 1}))
+    workdir = of_version(version, tmp_path / "run")
     train_and_evaluate(load_config(workdir), workdir)
     assert f"going on from the checkpoint of step {STEP}" in capsys.readouterr().out
     # With the same averages of gradients and statistics, or the losses would be others.

@@ -257,3 +257,58 @@ def test_photograph_of_any_shape():
         assert pixels.shape == (height, width, 3)
         assert pixels.dtype == np.uint8
         assert pixels.std() > 40
+
+
+def test_compared_curves_show_each_run(figures, tmp_path):
+    runs = {"a": history(), "b": history(("train/loss", "eval/top1"))}
+    plots.compared_curves(runs, tmp_path / "curves.png")
+    training, loss, error = figures[0].axes
+    series = [[1.0, 1.0], [2.0, 0.5], [4.0, 0.25]]
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in training.lines}
+    assert drawn == {"a": series, "b": series}
+    assert [line.get_xydata().tolist() for line in loss.lines] == [series, []]
+    assert [list(line.get_ydata()) for line in error.lines] == [[0, 50, 75]] * 2
+
+
+def test_a_sheet_has_a_caption_above_each_image(figures, tmp_path):
+    images = MIXED[0]
+    plots.sheet(images, "abcdef", tmp_path / "sheet.png", columns=4, title="six")
+    assert titles(figures[0]) == list("abcdef")
+    assert figures[0].get_suptitle() == "six"
+    for text, image, pixels in zip(
+        figures[0].axes[0].texts, figures[0].axes[0].images, images, strict=True
+    ):
+        np.testing.assert_array_equal(image.get_array(), pixels)
+        (x, y), (left, right, bottom, _) = text.get_position(), image.get_extent()
+        assert left < x < right
+        assert bottom - 1 < y < bottom
+        assert text.get_color() == "black"
+
+
+def test_heat_maps_are_a_picture(tmp_path):
+    values = np.random.default_rng(0).random((5, 8, 8))
+    plots.heat_maps(dict(zip("abcde", values, strict=True)), tmp_path / "maps.png")
+    assert_is_picture(tmp_path / "maps.png", (900, 1400), (400, 800))
+
+
+def test_heat_maps_lie_over_the_whole_image(figures, tmp_path):
+    image, values = plots.photograph(32, 48), np.zeros((8, 12))
+    values[2, 3] = 4.0
+    plots.heat_maps({"head 0": values}, tmp_path / "x.png", image=image, at=(9, 13))
+    (axis,) = figures[0].axes
+    below, above = axis.images
+    assert below.get_extent() == above.get_extent() == [0, 48, 32, 0]
+    np.testing.assert_array_equal(above.get_array(), values)
+    assert above.get_clim() == (0, 4)
+    # Where there is no weight the photograph shows, and only there.
+    np.testing.assert_array_equal(above.get_alpha(), values / 4)
+    assert axis.collections[0].get_offsets().tolist() == [[13, 9]]
+    assert axis.get_title() == "head 0"
+
+
+def test_heat_maps_with_signs_have_white_at_zero(figures, tmp_path):
+    maps = {"a": np.array([[-1.0, 3.0]]), "b": np.zeros((1, 2)), "c": np.ones((1, 2))}
+    plots.heat_maps(maps, tmp_path / "x.png", columns=2, signed=True)
+    *shown, empty = figures[0].axes
+    assert [axis.images[0].get_clim() for axis in shown] == [(-3, 3), (-1, 1), (-1, 1)]
+    assert not empty.images

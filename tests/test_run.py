@@ -14,7 +14,7 @@ from PIL import Image
 
 import halonet
 from halonet import checkpoint, evaluate, files, metrics, processes, sharding
-from halonet.config import ConfigError
+from halonet.config import ConfigError, center_view
 from halonet.data.errors import DataError
 from halonet.run import load_run, resolve_step
 from tests.small_run import small_config
@@ -150,8 +150,61 @@ def test_preprocess_takes_arrays_and_pictures_of_any_size(workdir):
     np.testing.assert_array_equal(output[0], output[2])
     mean, std = np.array(run.config.data.mean), np.array(run.config.data.std)
     np.testing.assert_allclose(output[2], (array[4:36] / 255 - mean) / std, atol=1e-5)
-    with pytest.raises(ValueError, match=r"an image is float64 of shape .* must be uint8"):
-        run.preprocess([np.zeros((4, 4, 3))])
+    for wrong in (np.zeros((4, 4, 3)), np.zeros((4, 4, 4), np.uint8)):
+        with pytest.raises(ValueError, match=rf"an image is {wrong.dtype} of shape .* must be uin"):
+            run.preprocess([wrong])
+
+
+def test_preprocess_takes_files_as_the_pipeline_does(workdir, tmp_path):
+    """Decoded by their content, and the middle of them resized as evaluation does."""
+    run = load_run(workdir)
+    array = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
+    Image.fromarray(array).save(tmp_path / "a.jpg", "PNG")
+    view = center_view(run.config)
+    expected = view((tmp_path / "a.jpg").read_bytes())
+    output = run.preprocess([tmp_path / "a.jpg", str(tmp_path / "a.jpg"), array])
+    mean, std = np.array(run.config.data.mean), np.array(run.config.data.std)
+    for found in output:
+        np.testing.assert_allclose(found, (expected / 255 - mean) / std, atol=1e-5)
+    with Image.open(tmp_path / "a.jpg") as picture:
+        np.testing.assert_array_equal(run.preprocess([picture])[0], output[0])
+
+
+def test_pictures_of_any_mode_are_read_as_their_files(workdir, tmp_path):
+    run = load_run(workdir)
+    array = np.random.default_rng(0).integers(0, 256, (32, 32, 4), np.uint8)
+    rgba = Image.fromarray(array)
+    palette = rgba.convert("RGB").quantize(64)
+    palette.info["transparency"] = 3
+    deep = Image.fromarray(array[..., 0].astype(np.uint16) * 256 + 255)
+    for number, picture in enumerate((rgba, palette, deep)):
+        path = tmp_path / f"{number}.png"
+        picture.save(path)
+        np.testing.assert_array_equal(*run.preprocess([picture, path]))
+    assert palette.info["transparency"] == 3
+    np.testing.assert_array_equal(*run.preprocess([rgba, array[..., :3]]))
+
+
+def test_a_file_that_is_missing_or_damaged_is_named(workdir, tmp_path):
+    run, path = load_run(workdir), tmp_path / "a.png"
+    Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(path)
+    for content, message in (
+        (path.read_bytes()[:60], f"{path} is not a readable image: damaged image of 60 bytes: "),
+        (b"text", f"{path} is not a readable image: 4 bytes are no JPEG, PNG, WebP, GIF or BMP"),
+        (None, f"{path} cannot be read: No such file or directory"),
+    ):
+        path.unlink() if content is None else path.write_bytes(content)
+        with pytest.raises(DataError, match=f"^{re.escape(message)}[^\n]*$") as refused:
+            run.predict([path])
+        assert refused.value.exit_code == 3
+
+
+def test_one_image_alone_is_refused(workdir):
+    run = load_run(workdir)
+    with pytest.raises(ValueError, match=r"images='cat.jpg' is one image; give a list: \[image\]"):
+        run.predict("cat.jpg")
+    with pytest.raises(ValueError, match=r"images has shape \(32, 32, 3\), that of one image"):
+        run.predict(np.zeros((32, 32, 3), np.uint8))
 
 
 def test_evaluation_of_a_checkpoint_equals_that_of_the_run(workdir, tmp_path, capsys, monkeypatch):

@@ -4,10 +4,11 @@ import json
 import pathlib
 import re
 
+import jax
 import numpy as np
 import pytest
 
-from halonet import checkpoint, runtime
+from halonet import checkpoint, load_run, runtime
 from launch.rehearsal import free_port, process_flags
 from tests.small_run import rows, saved_arrays
 from tests.system.launch import launch
@@ -98,6 +99,13 @@ def test_two_processes_train_as_one(tmp_path):
         [row["train/loss"] for row in two], [row["train/loss"] for row in one], rtol=1e-5
     )
     assert [row["eval/count"] for row in rows(tmp_path / "two", "eval/")] == [1000]
+
+    # What they saved opens elsewhere: here, on one device of eight, without any flags.
+    run, saved = load_run(tmp_path / "two"), saved_arrays(tmp_path / "two", 3)
+    assert (run.step, run.weights) == (3, "ema")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(run.variables):
+        assert np.asarray(leaf).tobytes() == saved[f"['ema']{jax.tree_util.keystr(path)}"]
+    assert np.isfinite(run.predict(np.zeros((1, 32, 32, 3), np.uint8))).all()
 
     # And evaluate as one does: whole numbers are the same, of each class too.
     found = []
