@@ -23,7 +23,7 @@ NAMES = [
     *FILES,
     *(f"{name}:{it}" for name, module in MODULES.items() for it in getattr(module, "VARIANTS", ())),
 ]
-RECIPES = [name for name in FILES if name not in ("default", "mnist", "demo")]
+RECIPES = [name for name in FILES if name not in ("default", "mnist", "demo", "quick")]
 
 LOAD = """
 import importlib, json, sys

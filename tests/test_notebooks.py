@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 from experiments.notebooks.__main__ import HERE, NAMES, ROOT, main
 from experiments.photographs import write_tiles
@@ -120,11 +121,13 @@ def test_what_they_trained_has_learned(root):
 @pytest.mark.timeout(600)
 def test_a_converted_run_is_looked_into_by_the_same_cells(tmp_path):
     """halonet26t, in timm's conventions, of random numbers."""
-    from safetensors.numpy import save_file
-
+    from halonet.models import create_model
+    from halonet.models.convert import weights
     from tests.random_arrays import random_arrays
 
-    save_file(random_arrays("halonet26t"), tmp_path / "model.safetensors")
+    entries = weights.ENTRIES["timm"](create_model("halonet26t", num_classes=3))
+    arrays = random_arrays({entry.theirs: entry.shape for entry in entries})
+    save_file(arrays, tmp_path / "model.safetensors")
     python(
         *("-m", "halonet.models.convert", "timm", tmp_path / "model.safetensors"),
         *("--model=halonet26t", f"--out={tmp_path / 'converted'}"),

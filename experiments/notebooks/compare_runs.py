@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 import halonet
-from configs import mnist
+from configs import quick
 from halonet import evaluate, metrics, plots
 from halonet.checkpoint import differences
 from halonet.config import flatten
@@ -34,10 +34,7 @@ from halonet.train import train_and_evaluate
 # step alone.
 
 # %%
-config = mnist.get_config()
-config.train.epochs, config.train.steps, config.train.ema_decay = 0, 150, 0.95
-config.eval.every_steps = config.checkpoint.every_steps = 50
-config.log.every_steps = 5
+config = quick.get_config()
 without = config.copy_and_resolve_references()
 without.model.halo_size = 0
 train_and_evaluate(config, "runs/notebooks/digits")

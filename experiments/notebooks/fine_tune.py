@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 import halonet
-from configs import finetune, mnist
+from configs import finetune, quick
 from experiments.photographs import write_tiles
 from halonet import evaluate, plots
 from halonet.train import train_and_evaluate
@@ -58,12 +58,8 @@ Image.open("runs/notebooks/tiles.png")
 
 # %%
 WEIGHTS = "runs/notebooks/digits"
-digits = mnist.get_config()
-digits.train.epochs, digits.train.steps, digits.train.ema_decay = 0, 150, 0.95
-digits.eval.every_steps = digits.checkpoint.every_steps = 50
-digits.log.every_steps = 5
 if not pathlib.Path(WEIGHTS, "summary.json").exists():
-    train_and_evaluate(digits, WEIGHTS)
+    train_and_evaluate(quick.get_config(), WEIGHTS)
 
 # %% [markdown]
 # ## Fine-tuning

@@ -19,26 +19,21 @@ import numpy as np
 from PIL import Image
 
 import halonet
-from configs import mnist
+from configs import quick
 from halonet import evaluate, metrics, plots
 from halonet.train import train_and_evaluate
 
 # %% [markdown]
 # ## A configuration
 #
-# Every key is declared once, with its unit, in `configs/default.py`; `configs/mnist.py` is that
-# plus what differs. On the command line a key is `--config.train.steps=150`. Here it is assigned:
-# the run becomes a short one, of one and a half minutes on two slow cores, and `ema_decay`, which
-# averages the weights over the steps, gets a value that suits so few.
+# Every key is declared once, with its unit, in `configs/default.py`; other configurations are that
+# plus what differs. `configs/quick.py` is a run of a minute or two. A key that one assigns here is
+# a flag on the command line: `--config.train.steps=300`.
 
 # %%
-config = mnist.get_config()
-config.train.epochs = 0
-config.train.steps = 150
-config.train.ema_decay = 0.95
-config.eval.every_steps = 50
-config.checkpoint.every_steps = 50
+config = quick.get_config()
 config.log.every_steps = 5
+print(config.train)
 
 # %% [markdown]
 # ## Training

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 import halonet
-from configs import mnist
+from configs import quick
 from halonet import checkpoint, evaluate
 from halonet.data.errors import DataError
 from halonet.train import train_and_evaluate
@@ -31,10 +31,7 @@ from halonet.train import train_and_evaluate
 
 # %%
 WORKDIR = pathlib.Path("runs/notebooks/digits")
-config = mnist.get_config()
-config.train.epochs, config.train.steps, config.train.ema_decay = 0, 150, 0.95
-config.eval.every_steps = config.checkpoint.every_steps = 50
-config.log.every_steps = 5
+config = quick.get_config()
 if not (WORKDIR / "summary.json").exists():
     train_and_evaluate(config, WORKDIR)
 run = halonet.load_run(WORKDIR)
@@ -139,7 +136,7 @@ Image.open(WORKDIR / "reliability.png")
 # in the middle of much black:
 
 # %%
-larger = mnist.get_config()
+larger = quick.get_config()
 larger.data.image_size = 48
 elsewhere = evaluate.evaluate_checkpoint(
     larger, "runs/notebooks/digits_48", checkpoint=str(WORKDIR)
