@@ -221,7 +221,7 @@ def heat_maps(
       maps: by their titles: (h, w) each.
       path: of the PNG, may be gs://.
       image: uint8 (H, W, 3), which every map covers whole.
-      at: row and column of a star, in pixels of the image, or else of the maps.
+      at: row and column of a ring, in pixels of the image, or else of the maps.
       columns: panels side by side.
       signed: whether red and blue tell signs, around white; else from 0 on.
     """
@@ -245,8 +245,7 @@ def heat_maps(
         alpha = None if image is None else np.sqrt(np.abs(values) / most)
         axis.imshow(values, vmax=most, alpha=alpha, extent=extent, interpolation="nearest", **style)
         if at is not None:
-            style = {"marker": "*", "color": "tab:cyan", "edgecolor": "white", "linewidth": 0.8}
-            axis.scatter(at[1], at[0], s=110, **style)
+            axis.scatter(at[1], at[0], s=60, facecolor="none", edgecolor="tab:cyan", linewidth=1.5)
         axis.set_title(title, fontsize=9)
     _save(figure, path)
 

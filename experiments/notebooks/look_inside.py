@@ -58,10 +58,10 @@ run = halonet.load_run(WORKDIR, pad_to_blocks=True)
 #
 # Much larger than the images that the model was trained on, which attention in windows does not
 # mind: nothing in it is of one size, and `pad_to_blocks` takes what its blocks do not divide.
-# Models of 256 px keep their own size here. The star is the pixel that all of this is about.
+# Models of 256 px keep their own size here. The ring is the pixel that all of this is about.
 
 # %%
-SIZE = max(128, run.config.data.image_size)
+SIZE = max(96, run.config.data.image_size)
 PIXEL = (SIZE * 45 // 100, SIZE * 38 // 100)
 photograph = plots.photograph(SIZE, SIZE)
 images = normalize(photograph[None], tuple(run.config.data.mean), tuple(run.config.data.std))
@@ -72,8 +72,8 @@ print(f"{SIZE} px, pixel {PIXEL}; layers: {', '.join(layers)}")
 # ## Attention
 #
 # The weights that one query gives to the pixels of its map, for every head, over the photograph.
-# The query is the one whose pixel lies under the star. Its window is that of its whole *block*:
-# the query need not stand in the middle of what it sees, and that is the price of sharing keys and
+# The query is the one whose pixel lies in the ring. Its window is that of its whole *block*: the
+# query need not stand in the middle of what it sees, and that is the price of sharing keys and
 # values among a block.
 
 
@@ -110,46 +110,43 @@ shown(last)
 #
 # ## Receptive fields
 #
-# The derivative of one place of a map by every pixel of the image: where it is exactly zero,
-# nothing of the pixel arrives. The bright part is what the place really depends on, its
-# *effective* field; the outline of all that is not zero is the field that blocks and halos allow.
+# The derivative of one place of a map by every pixel of the image. Where it is exactly zero
+# nothing of the pixel arrives: what has any colour is the field that blocks and halos allow. How
+# much of it is used is the *effective* field, and tells of training. The colours are logarithms,
+# over four decades, since most of it comes the straight way, by the shortcuts around the
+# attention.
+
 
 # %%
+def logarithm(field, decades=4):
+    """From 1 at the largest value down to 0.1 for all that is smaller, and 0 for zero."""
+    ratio = np.maximum(field / field.max(), 10.0**-decades)
+    return np.where(field > 0, 0.1 + 0.9 * (1 + np.log10(ratio) / decades), 0)
+
+
 fields = {}
 for stage, (stride, _) in enumerate(run.model.features, start=1):
     place = tuple(at // stride for at in PIXEL)
-    field = np.asarray(
-        receptive_field(run.model, run.variables, images, stage=stage, place=place)[0]
+    (field,) = np.asarray(
+        receptive_field(run.model, run.variables, images, stage=stage, place=place)
     )
-    touched, half = field > 0, np.sort(field, axis=None)[::-1] ** 2
-    share = np.searchsorted(np.cumsum(half), half.sum() / 2) + 1
-    rows, columns = (np.flatnonzero(touched.any(axis)) for axis in (1, 0))
-    fields[
-        f"stage {stage}: {np.ptp(rows) + 1} x {np.ptp(columns) + 1} px\nhalf of it in {share}"
-    ] = field
+    rows, columns = (np.ptp(np.flatnonzero(field.any(axis))) + 1 for axis in (1, 0))
+    power = np.sort(field, axis=None)[::-1] ** 2
+    most = np.searchsorted(np.cumsum(power), 0.9 * power.sum()) + 1
+    title = f"stage {stage}: {rows} x {columns} px,\n90 % of the power in {most} of them"
+    fields[title] = logarithm(field)
 plots.heat_maps(fields, "runs/notebooks/fields.png", image=photograph, at=PIXEL)
 Image.open("runs/notebooks/fields.png")
 
-# %%
-plots.heat_maps(
-    {title.split(":")[0]: field > 0 for title, field in fields.items()},
-    "runs/notebooks/reached.png",
-    image=photograph,
-    at=PIXEL,
-)
-Image.open("runs/notebooks/reached.png")
-
 # %% [markdown]
-# The second picture is of everything that is not zero. Its edges are those of blocks, not circles
-# around the star: it is the windows of a few layers, one out of the other. Only through its halo
-# does a block learn of the next one.
+# The edges are those of blocks, not circles around the ring: the windows of a few layers, one out
+# of the other. Only through its halo does a block learn of the next one.
 #
 # ## Relative positions
 #
-# A table has a row for each offset between a key and a query, along one axis, and a query's logits
-# get its product with the rows. Left the tables as they are, one row an offset. What they mean is
-# in those products: on the right the position logits of the query under the star, for every
-# offset, and a head each.
+# A table has a row for each offset between a key and a query, along one axis, and the channels of
+# a query. First the tables as they are; then what they mean, their products with the query in the
+# ring: what is added to its logits for every offset, before scaling, and for each head.
 
 # %%
 attention = run.variables["params"][first]["attention"]
@@ -162,7 +159,8 @@ plots.heat_maps(
 Image.open("runs/notebooks/tables.png")
 
 # %%
-_, sown = run.model.apply(run.variables, images, train=False, mutable=["intermediates"])
+apply = jax.jit(lambda x: run.model.apply(run.variables, x, train=False, mutable=["intermediates"]))
+_, sown = apply(images)
 queries, _ = sown["intermediates"][first]["attention"]["queries_keys"][0]
 heads = np.asarray(queries)[0][query_at(first)]
 rows, columns = (table @ heads.T for table in tables)
@@ -176,8 +174,8 @@ plots.heat_maps(
 Image.open("runs/notebooks/logits.png")
 
 # %% [markdown]
-# The star is offset zero: the query itself. A table starts as noise, and a short training leaves
-# most of it that way.
+# The ring is at offset zero: the query itself. A table starts as noise, and a short training
+# leaves most of it that way.
 #
 # ## The pyramid
 #
