@@ -11,7 +11,6 @@ requirements-docs.txt.
 
 import argparse
 import base64
-import io
 import os
 import pathlib
 import re
@@ -43,6 +42,8 @@ def execute(name: str, folder: pathlib.Path):
 def page(notebook, name: str, out: pathlib.Path) -> str:
     """The notebook as Markdown; its pictures are written beside it, into the folder `name`."""
     parts, pictures, about = [], 0, name
+    for earlier in (out / name).glob("*.png"):
+        earlier.unlink()
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             heading = re.search(r"^#+ (.*)$", cell.source, re.M)
@@ -58,7 +59,7 @@ def page(notebook, name: str, out: pathlib.Path) -> str:
                 pictures += 1
                 (out / name).mkdir(exist_ok=True)
                 picture = base64.b64decode(data["image/png"])
-                (out / name / f"{pictures}.png").write_bytes(_smaller(picture))
+                (out / name / f"{pictures}.png").write_bytes(picture)
                 parts.append(f"![{about}]({name}/{pictures}.png)")
             elif "text/plain" in data:
                 said += data["text/plain"]
@@ -68,17 +69,6 @@ def page(notebook, name: str, out: pathlib.Path) -> str:
     command = f"python -m experiments.notebooks {name}"
     parts.append(f"This page is `experiments/notebooks/{name}.py`, executed: `{command}` wrote it.")
     return "\n\n".join(parts) + "\n"
-
-
-def _smaller(picture: bytes) -> bytes:
-    """The PNG in 256 colours, a third of the size; rare ones count like others."""
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    image = Image.open(io.BytesIO(picture)).convert("RGB")
-    image = image.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
-    image.save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
 
 
 def main(arguments: list[str]) -> int:

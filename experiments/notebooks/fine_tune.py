@@ -46,6 +46,7 @@ plots.sheet(
     np.stack([np.asarray(Image.open(file)) for _, file in shown]),
     [name for name, _ in shown],
     "runs/notebooks/tiles.png",
+    title="some of the tiles",
     columns=9,
 )
 Image.open("runs/notebooks/tiles.png")
