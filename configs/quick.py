@@ -24,5 +24,5 @@ def get_config():
 
     config.eval.every_steps = 100
     config.checkpoint.every_steps = 100
-    config.log.every_steps = 10
+    config.log.every_steps = 5
     return config

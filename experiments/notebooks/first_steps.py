@@ -27,12 +27,11 @@ from halonet.train import train_and_evaluate
 # ## A configuration
 #
 # Every key is declared once, with its unit, in `configs/default.py`; other configurations are that
-# plus what differs. `configs/quick.py` is a run of a minute or two. A key that one assigns here is
-# a flag on the command line: `--config.train.steps=300`.
+# plus what differs. `configs/quick.py` is a run of a minute or two. Assigning `config.train.steps
+# = 600` here is what `--config.train.steps=600` is on the command line.
 
 # %%
 config = quick.get_config()
-config.log.every_steps = 5
 print(config.train)
 
 # %% [markdown]
