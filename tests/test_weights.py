@@ -1,5 +1,8 @@
 """The weights of attention are those that the op sums values with."""
 
+import functools
+
+import jax
 import numpy as np
 import pytest
 
@@ -16,16 +19,16 @@ CASES = {
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_they_are_those_of_the_op(case):
     q, k, v, row_table, col_table, _ = case.inputs()
-    expected = halo_attention(
-        q, k, v, row_table, col_table, **case.options, implementation="reference"
-    )
+    op = jax.jit(functools.partial(halo_attention, **case.options, implementation="reference"))
+    expected = op(q, k, v, row_table, col_table)
     options = {name: it for name, it in case.options.items() if name != "pad_to_blocks"}
     side, around = case.block + 2 * case.halo, case.block + case.halo
     # The values of the same window, out of an image with zeros all around.
     v = np.pad(v, ((0, 0), (around, around), (around, around), (0, 0), (0, 0)))
     height, width = q.shape[1:3]
     for query in ((0, 0), (1, 2), (height - 1, width - 1)):
-        weights = attention_weights(q, k, row_table, col_table, query=query, **options)
+        weigh = jax.jit(functools.partial(attention_weights, query=query, **options))
+        weights = weigh(q, k, row_table, col_table)
         assert weights.shape == (case.n, case.heads, side, side)
         np.testing.assert_allclose(weights.sum((-2, -1)), 1, atol=1e-5)
         top, left = (case.stride * at // case.block * case.block + case.block for at in query)

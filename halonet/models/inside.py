@@ -37,7 +37,8 @@ def attention_map(
     """The weights that one query of a layer gives to the pixels of the layer's map.
 
     Args:
-      model, variables: those of a run, `run.model` and `run.variables`.
+      model: that of a run, `run.model`.
+      variables: likewise, `run.variables`.
       images: normalised, as `run.preprocess` gives them, of a size that the model takes.
       layer: one of `attention_layers(model)`.
       query: row and column among the layer's queries: those of its output, but for layers that
@@ -98,7 +99,9 @@ def receptive_field(
     over random cotangents z of the norm of z's pull-back, squared, which is right on average.
 
     Args:
-      model, variables, images: as of `attention_map`.
+      model: as of `attention_map`.
+      variables: likewise.
+      images: likewise.
       stage: from 1; see `model.features` for the strides of the maps.
       place: row and column in the stage's map.
       draws: random cotangents, of a fixed seed.

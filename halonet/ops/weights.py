@@ -28,9 +28,17 @@ def attention_weights(
     """The weights with which one query of `halo_attention` sums the values of its window.
 
     Args:
-      q, k, row_table, col_table: as of `halo_attention`; any height and width.
+      q: as of `halo_attention`, like all that is not explained here; any height and width.
+      k: keys.
+      row_table: of the vertical offset.
+      col_table: of the horizontal offset.
       query: row and column in `q`.
-      block, halo, stride, border, positions, scale_positions: as of `halo_attention`.
+      block: side of a block, in pixels of the keys.
+      halo: pixels that the window adds on each side.
+      stride: of the queries.
+      border: "zeros" or "mask".
+      positions: "exact" or "contiguous".
+      scale_positions: whether d_k**-0.5 multiplies the position logits too.
 
     Returns:
       Weights in float32 (float64 where that is the dtype of `q`), that sum to 1 over a window of
