@@ -1,12 +1,12 @@
-"""Trains or evaluates a HaloNet, or says before what training would need.
+"""Trains, evaluates or exports a HaloNet, or says before what training would need.
 
 python main.py --config=configs/mnist.py --workdir=runs/mnist
 python main.py --config=configs/mnist.py --workdir=runs/mnist --mode=evaluate
+python main.py --config=configs/mnist.py --workdir=runs/mnist --mode=export --export.out=digits
 python main.py --config=configs/imagenet.py:halonet_h1 --mode=plan --plan.topology=v5e:2x4
 """
 
 import sys
-import time
 
 if sys.hexversion < 0x030B0000:  # or a package would seem to be missing
     print(f"error: Python {sys.version.split()[0]}; it must be 3.11 or later", file=sys.stderr)
@@ -15,18 +15,24 @@ if sys.hexversion < 0x030B0000:  # or a package would seem to be missing
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from halonet import processes, runtime
+from halonet import modes, processes, runtime
 from halonet.config import ConfigError, parse_flags
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "a file of configs/; --config.key=value overrides")
 flags.DEFINE_string("workdir", None, "folder of the run, may be gs://; the same one resumes")
-flags.DEFINE_enum("mode", "train", ["train", "evaluate", "plan"], "what to do")
+flags.DEFINE_enum("mode", "train", ["train", "evaluate", "export", "plan"], "what to do")
 flags.DEFINE_bool("force", False, "train in a workdir that another run holds: that one stops")
-flags.DEFINE_string("evaluate.step", "best", "best, latest or a number")
-flags.DEFINE_string("evaluate.checkpoint", "", "a run's folder or checkpoint besides the workdir's")
-flags.DEFINE_enum("evaluate.weights", "", ["", "ema", "raw"], "empty: averaged where kept")
+for mode in ("evaluate", "export"):
+    flags.DEFINE_string(f"{mode}.step", "best", "best, latest or a number")
+    flags.DEFINE_string(
+        f"{mode}.checkpoint", "", "a run's folder or checkpoint besides the workdir's"
+    )
+    flags.DEFINE_enum(f"{mode}.weights", "", ["", "ema", "raw"], "empty: averaged where kept")
 flags.DEFINE_list("evaluate.suites", [], "real, v2: ImageNet's, scored beside the split")
+flags.DEFINE_enum("export.format", "stablehlo", ["stablehlo", "savedmodel", "timm"], "for whom")
+flags.DEFINE_string("export.out", "", "the folder to write, a new one")
+flags.DEFINE_enum("export.preprocess", "", ["", "inside", "outside"], "empty: inside where it can")
 flags.DEFINE_string("plan.topology", "", "slice of TPUs in chips, such as v5e:2x4, or cpu:8")
 flags.DEFINE_integer("plan.classes", 0, "of data that is not there; 0: known or read", 0)
 flags.DEFINE_integer("plan.examples", 0, "likewise, of the training split", 0)
@@ -51,26 +57,18 @@ def group(name: str) -> dict:
 def main(_: list[str]) -> None:
     if not FLAGS["verbosity"].present:  # app.run turns the libraries' own progress on
         logging.set_verbosity(logging.WARNING)
-    began = time.time() - runtime.process_seconds()
     try:
         if FLAGS.force and FLAGS.mode != "train":
             raise ConfigError(f"--force is of --mode=train; leave it out with --mode={FLAGS.mode}")
         runtime.enable_compilation_cache()
-        if FLAGS.mode == "plan":
-            from halonet.plan import plan
-
-            plan(FLAGS.config, **group("plan"))
-            return
-        print(processes.join_processes(**group("distributed")))
-        if FLAGS.mode == "train":
-            from halonet.train import train_and_evaluate
-
-            train_and_evaluate(FLAGS.config, FLAGS.workdir, force=FLAGS.force, began=began)
-        else:
-            from halonet.evaluate import evaluate_checkpoint
-
-            chosen = config_flags.get_override_values(FLAGS["config"])
-            evaluate_checkpoint(FLAGS.config, FLAGS.workdir, chosen=chosen, **group("evaluate"))
+        modes.run(
+            FLAGS.mode,
+            FLAGS.config,
+            FLAGS.workdir,
+            group=group,
+            chosen=config_flags.get_override_values(FLAGS["config"]),
+            force=FLAGS.force,
+        )
     except (KeyboardInterrupt, Exception) as error:
         processes.leave_for(error)
 

@@ -4,6 +4,7 @@ import importlib
 import typing
 
 if typing.TYPE_CHECKING:
+    from halonet.exported import load_export
     from halonet.models import HaloAttention, HaloNet, create_model, list_models
     from halonet.ops import halo_attention
     from halonet.run import load_run
@@ -15,11 +16,16 @@ __all__ = [
     "create_model",
     "halo_attention",
     "list_models",
+    "load_export",
     "load_run",
 ]
 
 _MODULES = ("models", "ops", "run")
-_HOMES = {"halo_attention": "halonet.ops", "load_run": "halonet.run"}
+_HOMES = {
+    "halo_attention": "halonet.ops",
+    "load_export": "halonet.exported",
+    "load_run": "halonet.run",
+}
 
 
 def __getattr__(name: str) -> typing.Any:

@@ -8,11 +8,8 @@ the SHA-256 of each file: Orbax itself notices no changed bit in an array. Paths
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import dataclasses
-import hashlib
-import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -23,13 +20,13 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from halonet.files import room
+from halonet import files
+from halonet.files import MANIFEST, room
 
 FORMAT_VERSION = 2  # 1 had no manifest
 FOLDER = "checkpoints"
-MANIFEST = "manifest.json"
 # Orbax writes these after the manifest, and nothing that is restored depends on them.
-_NOT_IN_MANIFEST = ("_CHECKPOINT_METADATA", "commit_success.txt", MANIFEST)
+_NOT_IN_MANIFEST = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
 
 class CheckpointError(ValueError):
@@ -187,13 +184,8 @@ def saved_steps(workdir: epath.PathLike) -> list[int]:
 
 
 def write_manifest(folder: epath.PathLike) -> None:
-    """Writes manifest.json: the SHA-256 of each file under `folder`, by its relative path.
-
-    A file that cannot be read gets none, and counts as damaged.
-    """
-    folder = _absolute(folder)
-    text = json.dumps({"sha256": _hashes(folder)}, indent=1, sort_keys=True)
-    (folder / MANIFEST).write_text(text + "\n")
+    """Writes manifest.json: the SHA-256 of each file under `folder`, by its relative path."""
+    files.write_manifest(_absolute(folder), _NOT_IN_MANIFEST)
 
 
 def verify(folder: epath.PathLike) -> None:
@@ -205,47 +197,18 @@ def verify(folder: epath.PathLike) -> None:
       CheckpointError: naming the files that are damaged or missing.
     """
     folder = _absolute(folder)
-    manifest = folder / MANIFEST
     try:
-        if not manifest.exists():
+        if not (folder / MANIFEST).exists():
             if read_meta(folder)["format_version"] == 1:
                 return
             raise CheckpointError(f"{folder} is damaged: it has no {MANIFEST}")
-        recorded = json.loads(manifest.read_text())["sha256"].items()
-        found = _hashes(folder)
+        damaged = files.damaged(folder, _NOT_IN_MANIFEST)
     except (OSError, ValueError, KeyError, AttributeError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{folder} is damaged: {MANIFEST}: {_line(error)}") from error
-    damaged = sorted(name for name, it in recorded if not it or found.get(name) != it)
     if damaged:
-        listed = ", ".join(damaged[:3]) + (f" and {len(damaged) - 3} more" if damaged[3:] else "")
-        raise CheckpointError(f"{folder} is damaged: not as they were saved: {listed}")
-
-
-def _hashes(folder: epath.Path) -> dict[str, str]:
-    def digest(path: epath.Path) -> str:
-        found = hashlib.sha256()
-        try:
-            with path.open("rb") as file:
-                while block := file.read(1 << 22):
-                    found.update(block)
-        except OSError:
-            return ""  # no file's
-        return found.hexdigest()
-
-    files = [path for path in _files(folder) if path.name not in _NOT_IN_MANIFEST]
-    # Hashing lets go of the interpreter's lock.
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        digests = pool.map(digest, files)
-        return {str(path.relative_to(folder)): it for path, it in zip(files, digests, strict=True)}
-
-
-def _files(folder: epath.Path) -> list[epath.Path]:
-    found = []
-    for path in folder.iterdir():
-        found += _files(path) if path.is_dir() else [path]
-    return found
+        raise CheckpointError(f"{folder} is damaged: not as they were saved: {damaged}")
 
 
 def newest_good_step(workdir: epath.PathLike, say: Callable[[str], None]) -> int:

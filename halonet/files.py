@@ -1,13 +1,19 @@
-"""Files that are never half there, and what to say where there is no room for them."""
+"""Files that are never half there, hashes that show it, and what to say where no room is left."""
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
+import hashlib
+import json
 import os
 import pathlib
 import shutil
+from collections.abc import Collection
 
 from etils import epath
+
+MANIFEST = "manifest.json"
 
 
 class WriteError(OSError):
@@ -76,3 +82,54 @@ def write_whole(path: epath.Path, text: str) -> None:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
         raise WriteError(path, error) from error
+
+
+def write_manifest(folder: epath.PathLike, without: Collection[str] = ()) -> None:
+    """Writes manifest.json: the SHA-256 of each file under `folder`, by its relative path.
+
+    A file that cannot be read gets none, and counts as damaged.
+
+    Args:
+      without: names of files that are left out, in whatever folder.
+    """
+    folder = epath.Path(folder)
+    text = json.dumps({"sha256": _hashes(folder, without)}, indent=1, sort_keys=True)
+    (folder / MANIFEST).write_text(text + "\n")
+
+
+def damaged(folder: epath.PathLike, without: Collection[str] = ()) -> str:
+    """The first files of a folder that are missing or not as its manifest says; "" where all are.
+
+    Raises:
+      OSError, ValueError, KeyError, AttributeError: where the manifest is missing or damaged.
+    """
+    folder = epath.Path(folder)
+    recorded = json.loads((folder / MANIFEST).read_text())["sha256"].items()
+    found = _hashes(folder, without)
+    names = sorted(name for name, it in recorded if not it or found.get(name) != it)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
+
+
+def _hashes(folder: epath.Path, without: Collection[str]) -> dict[str, str]:
+    def digest(path: epath.Path) -> str:
+        found = hashlib.sha256()
+        try:
+            with path.open("rb") as file:
+                while block := file.read(1 << 22):
+                    found.update(block)
+        except OSError:
+            return ""  # no file's
+        return found.hexdigest()
+
+    files = [path for path in _files(folder) if path.name not in (MANIFEST, *without)]
+    # Hashing lets go of the interpreter's lock.
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        digests = pool.map(digest, files)
+        return {str(path.relative_to(folder)): it for path, it in zip(files, digests, strict=True)}
+
+
+def _files(folder: epath.Path) -> list[epath.Path]:
+    found = []
+    for path in folder.iterdir():
+        found += _files(path) if path.is_dir() else [path]
+    return found

@@ -23,7 +23,7 @@ OP = "halonet.ops.halo_attention"
 # module or package: (ours, third party anywhere, third party inside functions only). Ours are named
 # from halonet on. The longest name that fits a module counts; a module without one is refused.
 TABLE = {
-    "halonet": ("models run ops.halo_attention", "", ""),
+    "halonet": ("models run exported ops.halo_attention", "", ""),
     "halonet.ops": ("ops", "jax numpy", ""),
     "halonet.models": (
         "ops.halo_attention ops.attention_weights ops.table_size ops.BORDERS "
@@ -81,11 +81,15 @@ TABLE = {
         "clu jax ml_collections numpy",
         "",
     ),
+    # The images of the comparison are the data's, as evaluation opens it; what opens an export is
+    # of its own runtime alone.
     "halonet.export": (
-        "models steps optim sharding checkpoint run config",
-        "jax ml_collections",
-        "",
+        "models steps checkpoint run config data evaluate runtime files exported",
+        "jax ml_collections numpy",
+        "sklearn tensorflow",
     ),
+    "halonet.exported": ("files", "numpy", "jax tensorflow timm torch"),
+    "halonet.modes": ("train evaluate export plan processes runtime", "ml_collections", ""),
     # Programs for TPUs that are not there.
     "halonet.hlo": ("", "", ""),
     "halonet.aot": ("hlo", "jax", ""),
@@ -98,7 +102,7 @@ TABLE = {
         "jax ml_collections numpy",
         "",
     ),
-    "main": ("train evaluate export plan config processes runtime", "absl ml_collections", ""),
+    "main": ("modes config processes runtime", "absl ml_collections", ""),
     "configs": ("configs", "ml_collections", ""),
     # It starts main.py, which is a program to it; of the library it needs how flags are read.
     "launch": ("launch", "", ""),
@@ -126,7 +130,7 @@ TABLE = {
 # Below these, functions take plain keyword arguments.
 KNOW_THE_CONFIG = {
     *("main", "halonet.train", "halonet.evaluate", "halonet.run", "halonet.config"),
-    *("halonet.recipe", "halonet.report"),
+    *("halonet.recipe", "halonet.report", "halonet.modes"),
     *("halonet.export", "halonet.plan", "halonet.data.__main__"),
 }
 

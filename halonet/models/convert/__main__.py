@@ -10,8 +10,6 @@ float32; halonet.load_run opens it, main.py --mode=evaluate --evaluate.checkpoin
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import hashlib
 import json
 import pathlib
@@ -25,8 +23,9 @@ from etils import epath
 
 from halonet import checkpoint
 from halonet.files import write_whole
-from halonet.models import VARIANTS, HaloNet, create_model
+from halonet.models import VARIANTS, create_model
 from halonet.models.convert import readers, weights
+from halonet.models.convert.weights import UsageError, check_conventions, check_origin
 from halonet.run import load_run
 
 FLAGS = flags.FLAGS
@@ -34,15 +33,6 @@ flags.DEFINE_string("model", "", "name of the model that the weights are of")
 flags.DEFINE_string("out", "", "folder for the converted weights; may be gs://")
 flags.DEFINE_string("classes", "", "file of class names, one a line; empty: 0, 1, 2, ...")
 flags.DEFINE_string("to", "", "the way back: the .safetensors file to write")
-
-# What a run may set otherwise than timm: neither the weights nor what they compute depend on it.
-FREE = ("num_classes", "pad_to_blocks", "implementation", "bn_group", "dtype", "param_dtype")
-
-
-class UsageError(ValueError):
-    """A command line that makes no sense. The message is one line."""
-
-    exit_code = 2
 
 
 def convert(kind: str, file: str, *, model: str, out: str, classes: str = "") -> str:
@@ -147,12 +137,10 @@ def convert_back(workdir: str, to: str) -> str:
     arrays = weights.from_variables(
         run.variables, weights.timm_entries(run.model), meta.get("num_batches_tracked")
     )
-    from safetensors.numpy import save
-
     path = pathlib.Path(to)
     part = path.with_name(path.name + ".tmp")
     try:
-        part.write_bytes(save(arrays, metadata={"format": "pt"}))  # as timm's own files say
+        part.write_bytes(weights.as_safetensors(arrays))
         part.replace(path)
     except OSError as error:
         raise UsageError(f"--to={to} cannot be written: {error.strerror}") from error
@@ -161,28 +149,6 @@ def convert_back(workdir: str, to: str) -> str:
         f"in Python: timm.create_model({name.removeprefix('timm_')!r}, "
         f"num_classes={len(run.classes)}, checkpoint_path={to!r})"
     )
-
-
-def check_origin(model: str, kind: str) -> None:
-    """Refuses models that `kind` does not have."""
-    known = [name for name, variant in VARIANTS.items() if variant.origin == kind]
-    if model not in known:
-        near = [] if model in VARIANTS else difflib.get_close_matches(model, known, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"there are: {', '.join(known)}"
-        raise UsageError(f"{model!r} is not one of {kind}'s models; {hint}")
-
-
-def check_conventions(model: HaloNet, name: str) -> None:
-    """Refuses a model that computes something else than the registered one of that name."""
-    registered = create_model(name, num_classes=model.num_classes)
-    fields = [f.name for f in dataclasses.fields(registered) if f.name not in (*FREE, "parent")]
-    differing = [
-        f"{field}={getattr(model, field)!r}"
-        for field in fields
-        if getattr(model, field) != getattr(registered, field)
-    ]
-    if differing:
-        raise UsageError(f"timm's {name} cannot compute {', '.join(differing)}")
 
 
 def _is_free(folder: epath.Path) -> bool:

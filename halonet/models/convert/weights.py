@@ -6,6 +6,7 @@ One table of layers serves both peers and both directions: MindCV's names are ti
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -22,6 +23,15 @@ class WeightsError(ValueError):
 
     exit_code = 4
 
+
+class UsageError(ValueError):
+    """A command line that makes no sense. The message is one line."""
+
+    exit_code = 2
+
+
+# What a run may set otherwise than timm: neither the weights nor what they compute depend on it.
+FREE = ("num_classes", "pad_to_blocks", "implementation", "bn_group", "dtype", "param_dtype")
 
 # (ours, theirs, layout). A line counts where the model has that layer. Several of ours lie side by
 # side in one of theirs; "norm" stands for the five arrays of a batch normalisation.
@@ -314,3 +324,32 @@ def from_variables(
             packed = entry.pack([np.asarray(ours[path]) for path in entry.ours])
             theirs[entry.theirs] = np.ascontiguousarray(packed)
     return theirs
+
+
+def as_safetensors(arrays: dict[str, np.ndarray]) -> bytes:
+    """A state dict as the bytes of a .safetensors file that says, as timm's do, that it is one."""
+    from safetensors.numpy import save
+
+    return save(arrays, metadata={"format": "pt"})
+
+
+def check_origin(model: str, kind: str) -> None:
+    """Refuses models that `kind` does not have."""
+    known = [name for name, variant in VARIANTS.items() if variant.origin == kind]
+    if model not in known:
+        near = [] if model in VARIANTS else difflib.get_close_matches(model, known, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"there are: {', '.join(known)}"
+        raise UsageError(f"{model!r} is not one of {kind}'s models; {hint}")
+
+
+def check_conventions(model: HaloNet, name: str) -> None:
+    """Refuses a model that computes something else than the registered one of that name."""
+    registered = create_model(name, num_classes=model.num_classes)
+    fields = [f.name for f in dataclasses.fields(registered) if f.name not in (*FREE, "parent")]
+    differing = [
+        f"{field}={getattr(model, field)!r}"
+        for field in fields
+        if getattr(model, field) != getattr(registered, field)
+    ]
+    if differing:
+        raise UsageError(f"timm's {name} cannot compute {', '.join(differing)}")
