@@ -101,7 +101,6 @@ def export_checkpoint(
             "--export.preprocess=inside: timm's models take normalised images; leave it out"
         )
     inside = format != "timm" and preprocess != "outside"
-    exported.check_runtime(format)
     try:
         run = load_run(checkpoint or workdir, step, weights=weights, **model_overrides(config))
     except ValueError as error:
@@ -111,6 +110,7 @@ def export_checkpoint(
     if format == "timm":
         timm_weights.check_origin(run.config.model.name, "timm")
         timm_weights.check_conventions(run.model, run.config.model.name)
+    exported.check_runtime(format)
     config = with_view_of(config, run.config, chosen)
     if "data.image_size" not in chosen:
         config.data.image_size = run.config.data.image_size
@@ -160,7 +160,7 @@ def _metadata(run: Run, config: ConfigDict, format: str, inside: bool) -> dict[s
     first = format == "timm"  # channels
     pixels = [3, size, size] if first else [size, size, 3]
     seen = {key: config.data[key] for key in ("image_size", "crop_pct", "interpolation")}
-    return {
+    found = {
         "format": format,
         "format_version": exported.FORMAT_VERSION,
         "model": run.config.model.name,
@@ -179,6 +179,7 @@ def _metadata(run: Run, config: ConfigDict, format: str, inside: bool) -> dict[s
         "code": runtime.code_version(),
         "versions": runtime.versions() | {it: _version(it) for it in packages},
     }
+    return json.loads(json.dumps(found))  # as it will be read
 
 
 def _version(module: str) -> str:
@@ -284,6 +285,11 @@ def _compare(found: np.ndarray, expected: np.ndarray, bound: float) -> dict[str,
     Raises:
       ExportError: where that is more than `bound`, or no number.
     """
+    if found.shape != expected.shape:
+        raise exported.ExportError(
+            f"the export is not kept: its logits are {list(found.shape)}, and the model's are "
+            f"{list(expected.shape)}"
+        )
     largest = float(np.abs(expected).max())
     difference = float(np.abs(found - expected).max()) / largest if largest else np.inf
     if not difference <= bound:
@@ -323,13 +329,14 @@ def _write_stablehlo(part: pathlib.Path, run: Run, config: ConfigDict, inside: b
     function = program(run.model, **_mean_and_std(run), inside=inside)
     (batch,) = jax.export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((batch, size, size, 3), jnp.uint8 if inside else jnp.float32)
-    closed = jax.jit(functools.partial(function, jax.device_get(run.variables)))
+    closed = jax.jit(functools.partial(function, run.variables))
     made = jax.export.export(closed, platforms=PLATFORMS)(images)
     (part / exported.PROGRAM).write_bytes(made.serialize())
 
 
 def _write_savedmodel(part: pathlib.Path, run: Run, config: ConfigDict, inside: bool) -> None:
     """TensorFlow's folder, the weights as its variables."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import tensorflow as tf
     from jax.experimental import jax2tf
 

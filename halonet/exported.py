@@ -27,13 +27,17 @@ FORMAT_VERSION = 1
 METADATA = "export.json"
 PROGRAM = "model.stablehlo"
 BATCH = 8  # images at a time, from the command line
-# The modules of each runtime, and how to get what no requirements.txt has.
+# The modules of each runtime, and how to get them.
 RUNTIMES = {
-    "stablehlo": ("jax",),
+    "stablehlo": ("jax", "flatbuffers"),
     "savedmodel": ("tensorflow",),
     "timm": ("torch", "timm", "safetensors"),
 }
-INSTALL = {"tensorflow": "tensorflow-cpu", "torch": "torch torchvision timm safetensors"}
+INSTALL = {
+    "stablehlo": "jax flatbuffers",
+    "savedmodel": "tensorflow-cpu",
+    "timm": "torch torchvision timm safetensors",
+}
 
 
 class ExportError(ValueError):
@@ -137,9 +141,8 @@ def check_runtime(name: str) -> None:
 
     missing = [it for it in RUNTIMES[name] if importlib.util.find_spec(it) is None]
     if missing:
-        packages = INSTALL["torch" if name == "timm" else missing[0]]
         raise RuntimeMissingError(
-            f"{name} needs {' and '.join(missing)}, not installed here: pip install {packages}"
+            f"{name} needs {' and '.join(missing)}, not installed here: pip install {INSTALL[name]}"
         )
 
 

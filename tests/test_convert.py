@@ -494,6 +494,7 @@ def test_what_timm_does_not_have_is_refused(run, tmp_path):
 
 def test_conventions_that_are_not_timms_are_refused():
     free = {"pad_to_blocks": True, "bn_group": 8, "dtype": "bfloat16", "implementation": "xla_rows"}
+    free |= {"remat": "block", "drop_path": 0.1, "dropout": 0.1}
     command.check_conventions(create_model("halonet26t", **free), "halonet26t")
     other = create_model("halonet26t", border="mask", positions="exact")
     with pytest.raises(command.UsageError) as error:

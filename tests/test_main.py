@@ -228,16 +228,41 @@ def test_a_plan_needs_no_workdir_but_a_known_topology(refused):
     )
 
 
-def test_flags_of_a_plan_are_its_arguments(monkeypatch):
+@pytest.mark.parametrize(
+    ("mode", "function", "flag"),
+    [
+        (
+            "plan",
+            "plan.plan",
+            {"topology": "cpu:8", "classes": 7, "examples": 70, "out": "plan.json"},
+        ),
+        (
+            "export",
+            "export.export_checkpoint",
+            {
+                "format": "savedmodel",
+                "out": "digits",
+                "preprocess": "outside",
+                "step": "latest",
+                "checkpoint": "other",
+                "weights": "raw",
+            },
+        ),
+    ],
+)
+def test_flags_of_a_mode_are_its_arguments(monkeypatch, mode, function, flag):
     given = {}
     monkeypatch.setattr(runtime, "enable_compilation_cache", lambda: None)
-    monkeypatch.setattr("halonet.plan.plan", lambda config, **settings: given.update(settings))
-    flag = {"topology": "cpu:8", "classes": 7, "examples": 70, "out": "plan.json"}
-    argv = ["main.py", MNIST, "--mode=plan", *(f"--plan.{k}={v}" for k, v in flag.items())]
+    monkeypatch.setattr(
+        f"halonet.{function}", lambda config, *_, **settings: given.update(settings)
+    )
+    argv = ["main.py", MNIST, "--workdir=w", f"--mode={mode}", "--config.seed=7"]
+    argv += [f"--{mode}.{key}={value}" for key, value in flag.items()]
     monkeypatch.setattr(sys, "argv", argv)
     with flagsaver.flagsaver():
         main.main(parse_flags(argv))
         flags.FLAGS.unparse_flags()
+    assert list(given.pop("chosen", ["seed"])) == ["seed"]
     assert given == flag
 
 

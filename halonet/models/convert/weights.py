@@ -30,8 +30,12 @@ class UsageError(ValueError):
     exit_code = 2
 
 
-# What a run may set otherwise than timm: neither the weights nor what they compute depend on it.
-FREE = ("num_classes", "pad_to_blocks", "implementation", "bn_group", "dtype", "param_dtype")
+# What a run may set otherwise than timm: neither the weights nor what evaluation makes of them
+# depend on it.
+FREE = (
+    *("num_classes", "pad_to_blocks", "implementation", "bn_group", "dtype", "param_dtype"),
+    *("remat", "drop_path", "dropout"),
+)
 
 # (ours, theirs, layout). A line counts where the model has that layer. Several of ours lie side by
 # side in one of theirs; "norm" stands for the five arrays of a batch normalisation.
