@@ -1,6 +1,7 @@
 """Exports for timm, opened by timm: its configuration, its weights and the model's logits."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ NAMES = ("timm_halonet_h1", "haloregnetz_b", "lamhalobotnet50ts_256")
 def test_timm_opens_what_is_exported_for_it(name, tmp_path, monkeypatch):
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(SITE)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"), prepend=os.pathsep)
     size, model = VARIANTS[name].image_size, create_model(name, num_classes=3)
     entries = weights.timm_entries(model)
     arrays = random_arrays({entry.theirs: entry.shape for entry in entries})
@@ -53,8 +54,12 @@ def test_timm_opens_what_is_exported_for_it(name, tmp_path, monkeypatch):
     settings = json.loads((path / "config.json").read_text())
     assert settings["num_features"] == theirs.num_features
     assert timm.data.resolve_model_data_config(theirs) == {
-        **{"input_size": [3, size, size], "interpolation": "bilinear", "crop_pct": 1.0},
-        **{"crop_mode": "center", "mean": [0.5] * 3, "std": [0.5] * 3},
+        "input_size": [3, size, size],
+        "interpolation": "bilinear",
+        "crop_pct": 1.0,
+        "crop_mode": "center",
+        "mean": [0.5] * 3,
+        "std": [0.5] * 3,
     }
     # The other ways that the page names.
     images = peers.images(size, size)
