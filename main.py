@@ -23,15 +23,15 @@ config_flags.DEFINE_config_file("config", None, "a file of configs/; --config.ke
 flags.DEFINE_string("workdir", None, "folder of the run, may be gs://; the same one resumes")
 flags.DEFINE_enum("mode", "train", ["train", "evaluate", "export", "plan"], "what to do")
 flags.DEFINE_bool("force", False, "train in a workdir that another run holds: that one stops")
-for mode in ("evaluate", "export"):
-    flags.DEFINE_string(f"{mode}.step", "best", "best, latest or a number")
-    flags.DEFINE_string(
-        f"{mode}.checkpoint", "", "a run's folder or checkpoint besides the workdir's"
-    )
-    flags.DEFINE_enum(f"{mode}.weights", "", ["", "ema", "raw"], "empty: averaged where kept")
+flags.DEFINE_string("evaluate.step", "best", "best, latest or a number")
+flags.DEFINE_string("evaluate.checkpoint", "", "a run's folder or checkpoint besides the workdir's")
+flags.DEFINE_enum("evaluate.weights", "", ["", "ema", "raw"], "empty: averaged where kept")
 flags.DEFINE_list("evaluate.suites", [], "real, v2: ImageNet's, scored beside the split")
 flags.DEFINE_enum("export.format", "stablehlo", ["stablehlo", "savedmodel", "timm"], "for whom")
 flags.DEFINE_string("export.out", "", "the folder to write, a new one")
+flags.DEFINE_string("export.step", "best", "best, latest or a number")
+flags.DEFINE_string("export.checkpoint", "", "a run's folder or checkpoint besides the workdir's")
+flags.DEFINE_enum("export.weights", "", ["", "ema", "raw"], "empty: averaged where kept")
 flags.DEFINE_enum("export.preprocess", "", ["", "inside", "outside"], "empty: inside where it can")
 flags.DEFINE_string("plan.topology", "", "slice of TPUs in chips, such as v5e:2x4, or cpu:8")
 flags.DEFINE_integer("plan.classes", 0, "of data that is not there; 0: known or read", 0)

@@ -25,7 +25,7 @@ from halonet import files
 
 FORMAT_VERSION = 1
 METADATA = "export.json"
-PROGRAM = "model.stablehlo"
+PROGRAM = "program.stablehlo"
 BATCH = 8  # images at a time, from the command line
 # The modules of each runtime, and how to get them.
 RUNTIMES = {

@@ -9,6 +9,7 @@ OWN_TESTS = {
     "docs/results.md": "tests/test_report.py::"
     "test_the_results_in_the_docs_are_what_the_tables_give",
     "docs/sweeps.md": "tests/test_sweeps.py::test_a_command_of_the_page_does_what_it_says",
+    "docs/deployment.md": "tests/test_deployment.py::test_an_export_command_does_what_it_says",
 }
 
 # What runs as it stands, or on less data: test, commands.

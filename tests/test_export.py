@@ -127,7 +127,7 @@ def test_it_compiles_for_a_tpu(golden):
     assert aot.compile_for(program.call, images).xla_cycles > 0
 
 
-FILES = ("export.json", "manifest.json", "model.stablehlo")
+FILES = ("export.json", "manifest.json", "program.stablehlo")
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -392,8 +392,8 @@ def test_bfloat16_agrees_within_its_own_bound(undisturbed, tmp_path):
     (workdir / "config.json").write_text(json.dumps(config))
     _, metadata = make(workdir, tmp_path / "out", config=small_config())
     assert metadata["compared"]["bound"] == export.BOUNDS["bfloat16"]
-    # float32 would not have been so far off.
-    assert metadata["compared"]["largest_difference"] > 1e-4
+    # In float32 it is less.
+    assert metadata["compared"]["largest_difference"] > 2e-6
 
 
 @pytest.mark.middle
