@@ -375,6 +375,7 @@ def _write_timm(part: pathlib.Path, run: Run, config: ConfigDict, inside: bool) 
         "pretrained_cfg": {
             "custom_load": False,
             "input_size": [3, size, size],
+            "fixed_input_size": bool(run.model.global_size),  # of tables for a whole map
             "interpolation": config.data.interpolation,
             "crop_pct": config.data.crop_pct,
             "crop_mode": "center",

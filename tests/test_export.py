@@ -328,6 +328,7 @@ def test_timm_is_told_the_architecture_and_what_it_sees(tmp_path):
             "global_pool": "avg",
             "pretrained_cfg": {
                 "custom_load": False,
+                "fixed_input_size": False,
                 "input_size": [3, 32, 32],
                 "num_classes": 10,
                 "interpolation": "bilinear",

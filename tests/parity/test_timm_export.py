@@ -1,8 +1,10 @@
 """Exports for timm, opened by timm: its configuration, its weights and the model's logits."""
 
+import functools
 import json
 import os
 
+import jax
 import numpy as np
 import pytest
 import timm.data
@@ -49,8 +51,8 @@ def test_timm_opens_what_is_exported_for_it(name, tmp_path, monkeypatch):
 
     theirs = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
     original = timm.get_pretrained_cfg(name.removeprefix("timm_")).to_dict()
-    for key in ("first_conv", "classifier", "input_size"):
-        assert list(theirs.pretrained_cfg[key]) == list(original[key])
+    for key in ("first_conv", "classifier", "input_size", "fixed_input_size"):
+        assert np.array_equal(theirs.pretrained_cfg[key], original[key])
     settings = json.loads((path / "config.json").read_text())
     assert settings["num_features"] == theirs.num_features
     assert timm.data.resolve_model_data_config(theirs) == {
@@ -73,5 +75,6 @@ def test_timm_opens_what_is_exported_for_it(name, tmp_path, monkeypatch):
     for other in (by_name, fresh):
         np.testing.assert_array_equal(peers.timm_logits(other.eval(), images), expected)
     run = load_run(tmp_path / "run")
-    ours = np.asarray(run.model.apply(run.variables, images, train=False))
+    apply = jax.jit(functools.partial(run.model.apply, train=False))
+    ours = np.asarray(apply(run.variables, images))
     assert peers.difference(ours, expected) < 5e-6
