@@ -22,13 +22,18 @@ import halonet
 from halonet.config import load_config
 from halonet.data.views import CenterView
 from halonet.export import BOUNDS, export_checkpoint
+from tests.command_lines import blocks
 from tests.test_export import digits, relative
 from tests.test_golden_run import GOLDEN, registered  # noqa: F401 (its model, in every test)
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "deployment.md").read_text()
-PROGRAMS = dict(re.findall(r"^```python\n# (\w+\.py)\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE))
-BLOCKS = re.findall(r"^```\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+PROGRAMS = dict(
+    re.match(r"# (\w+\.py)\n(.*)", it.text, re.DOTALL).groups()
+    for it in blocks(PAGE)
+    if it.language == "python" and it.text.startswith("# ")
+)
+BLOCKS = [it.text for it in blocks(PAGE) if not it.language]
 COMMANDS = BLOCKS[0].replace("\\\n", " ").splitlines()
 
 
@@ -37,6 +42,11 @@ def test_each_piece_is_found():
         *("square.py", "stablehlo.py", "savedmodel.py", "with_timm.py", "onnx_export.py"),
         *("service.py", "client.py"),
     }
+    assert [it.split()[:3] for it in BLOCKS[1:]] == [
+        ["python", "-m", "halonet.exported"],
+        ["python", "-m", "venv"],
+        ["python", "-m", "venv"],
+    ]
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
