@@ -155,7 +155,8 @@ def read(command, monkeypatch, folder):
             monkeypatch.setitem(sweeps_main.COMMANDS, name, lambda **_: 0)
         assert sweeps_main.main(words[3:]) == 0
     elif words[:2] == ["python", "-m"]:
-        path = f"{words[2].replace('.', '/')}.py"
+        path = words[2].replace(".", "/")
+        path = f"{path}.py" if (ROOT / f"{path}.py").exists() else f"{path}/__main__.py"
         assert read_by_script(path, words[3:], monkeypatch) == []
     elif words[0] == "make":
         makefile = (ROOT / "Makefile").read_text()

@@ -80,6 +80,19 @@ TESTED = {
         "python -m launch rehearse --processes=2 --devices=4 -- --config=configs/mnist.py "
         "--workdir=runs/two",
     ],
+    "tests/system/test_sweeps.py::test_a_sweep_survives_the_kill_of_a_member_and_of_its_launcher": [
+        "python -m experiments run block_halo_smoke --jobs=2",
+        "python -m experiments status block_halo_smoke",
+        "python -m experiments collect block_halo_smoke",
+    ],
+    "tests/test_notebooks.py::test_it_runs_in_a_kernel": ["python -m experiments.notebooks"],
+    "tests/test_export.py::test_the_command_line_exports": [
+        "python main.py --config=configs/demo.py --workdir=runs/demo --mode=export "
+        "--export.out=exports/digits",
+    ],
+    "tests/test_export.py::test_the_command_runs_an_export": [
+        "python -m halonet.exported exports/digits",
+    ],
     "tests/test_augmentations.py::test_sheet_is_a_picture": ["python -m experiments.augmentations"],
 }
 
