@@ -77,7 +77,7 @@ $(VENV)/tpu-aot $(VENV)/docs: $(VENV)/%: requirements-%.txt $(VENV)/installed
 
 # Fonts, scripts and pictures are all in site/, which any file server or a browser opens.
 docs: docs-env
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 demo: install
 	@$(RUN) main.py --config=configs/demo.py --workdir=$(WORKDIR) $(ARGS)
