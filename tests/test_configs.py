@@ -328,12 +328,17 @@ def dotted(node):
 
 
 def keys_read(source, known):
-    """Those of `known` that a source reads as attributes of a `config`, group.to_dict() included.
+    """Those of `known` that a source reads as attributes of a `config`, whole groups included.
 
-    A key in quotes does not count: validation looks at all of them and obeys none.
+    A group is read by group.to_dict() or flatten(group). A key in quotes does not count: validation
+    looks at all of them and obeys none.
     """
     read = set()
     for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and dotted(node.func) == "flatten":
+            before, _, group = (dotted(node.args[0]) or "").partition("config.")
+            if not before and group:
+                read |= {it for it in known if it.startswith(f"{group}.")}
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
             parts = (dotted(node) or "").split(".")
             if "config" in parts:
@@ -366,6 +371,8 @@ def test_every_key_is_read(loaded):
         ("flat['optim.warmup']", set()),
         ("config.optim.warmup = 0", set()),
         ("config.to_dict()", set()),
+        ("flatten(config.augment)", {"augment.rotate", "augment.scale"}),
+        ("flatten(config)", set()),
         ("optim.warmup", set()),
     ],
 )
