@@ -78,7 +78,9 @@ def traced(name):
     jaxpr, kept = jax.make_jaxpr(run, return_shape=True)(images)
     leaves = jax.tree_util.tree_leaves_with_path(kept)
     # Beside them lie the queries and keys that attention keeps for those who ask.
-    return jaxpr, sum(leaf.size for path, leaf in leaves if "__call__" in jax.tree_util.keystr(path))
+    return jaxpr, sum(
+        leaf.size for path, leaf in leaves if "__call__" in jax.tree_util.keystr(path)
+    )
 
 
 @pytest.mark.parametrize(
