@@ -132,6 +132,7 @@ class HaloAttention(nn.Module):
             name="out",
         )(y)
 
+    @nn.nowrap  # what it returns is no array
     def _tables(self) -> tuple[Array, Array, str]:
         """The relative tables of rows and of columns, and how the op shall index them."""
         if self.positions == "none":
