@@ -5,9 +5,9 @@
 Plans the recipes of configs/imagenet.py (`main.py --mode=plan`), writes each into docs/plans.json
 when it is finished, and all as a table into docs/plans.md. Nothing of it needs a TPU, but libtpu
 (`make tpu-aot`). A plan that is there already is not made again, unless something that it depends
-on has changed: the configuration, the topology, the versions of jax and libtpu, or the sources of
-the operations, the models and the step (after a change of the plan itself, delete docs/plans.json).
-So what was interrupted goes on, one plan in minutes.
+on has changed: the traced step, the topology, the versions of jax and libtpu, or what reads the
+compiler's answer (after a change of the plan itself, delete docs/plans.json). So what was
+interrupted goes on, one plan in minutes.
 
 The batch is shared by all devices in groups of `model.bn_group`; on v5e:16x16 a device has 16
 images, which are one group, instead of the recipe's 32.
@@ -16,6 +16,7 @@ images, which are one group, instead of the recipe's 32.
 import hashlib
 import importlib.metadata
 import json
+import re
 import sys
 import time
 
@@ -25,18 +26,17 @@ from etils import epath
 
 from configs import imagenet
 from experiments.tpu_kernels import code_hash
-from halonet import config as config_lib
-from halonet import tpu_kernels
+from halonet import evaluate, tpu_kernels
 from halonet.files import write_whole
-from halonet.plan import plan
+from halonet.plan import Target, describe_data, plan, trace_step
 
 ROOT = epath.Path(__file__).parent.parent
 RECORD, TABLE = ROOT / "docs" / "plans.json", ROOT / "docs" / "plans.md"
 BATCH = 4096
 # topology: examples per group of batch-norm statistics
 TOPOLOGIES = {"v5e:16x16": 16, "v4:4x4x8": 32}
-# What is compiled, and what reads of it how long it takes.
-SOURCES = ("ops/*", "models/*", "steps", "recipe", "optim", "sharding", "aot", "hlo", "tpu_kernels")
+# What reads of a compiled step how long it takes.
+SOURCES = ("aot", "hlo", "tpu_kernels")
 
 HEAD = """\
 # Plans of H0 to H7
@@ -71,14 +71,25 @@ def entries():
             yield f"{variant} on {topology}", config, topology
 
 
-def key_of(config, topology, sources):
-    """A hash of all that a plan depends on; `sources` is that of the code."""
+def step_program(config, topology):
+    """The training step as a text: two that are the same compile to the same."""
+    target = Target.of(topology)
+    mesh = evaluate.make_mesh(config, target.devices)
+    shares = mesh.shape["data"] * mesh.shape["fsdp"]
+    images = config.data.batch_size // shares
+    step, _ = trace_step(config, describe_data(config), target, shares, images)
+    return re.sub(r"\b0x[0-9a-f]+", "", str(step.jaxpr))  # where a function lies in memory
+
+
+def key_of(config, topology):
+    """A hash of all that a plan depends on. Tracing the step takes seconds."""
+    sources = (it for name in SOURCES for it in sorted((ROOT / "halonet").glob(f"{name}.py")))
     depends = {
-        "config": config_lib.flatten(config),
+        "program": hashlib.sha256(step_program(config, topology).encode()).hexdigest(),
         "topology": topology,
         "jax": jax.__version__,
         "libtpu": importlib.metadata.version("libtpu"),
-        "sources": sources,
+        "sources": code_hash(sources),
         "kernels": tpu_kernels.RECORD.read_text(),
     }
     text = json.dumps(depends, sort_keys=True)
@@ -137,19 +148,18 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; all settings are flags")
     made = json.loads(RECORD.read_text()) if RECORD.exists() else {}
-    library = ROOT / "halonet"
-    sources = code_hash(it for name in SOURCES for it in sorted(library.glob(f"{name}.py")))
-    keys = {name: key_of(config, topology, sources) for name, config, topology in entries()}
     todo = [
         (name, config, topology)
         for name, config, topology in entries()
-        if FLAGS.match in name and made.get(name, {}).get("key") != keys[name]
+        if FLAGS.match in name
+        and (name not in made or made[name]["key"] != key_of(config, topology))
     ]
     for number, (name, config, topology) in enumerate(todo[: FLAGS.limit or None], start=1):
         began = time.monotonic()
         print(f"{number}/{len(todo)} {name}", file=sys.stderr, flush=True)
-        made[name] = {"key": keys[name], "plan": plan(config, topology=topology)}
-        made = {name: made[name] for name in keys if name in made}
+        found = plan(config, topology=topology)
+        made[name] = {"key": key_of(config, topology), "plan": found}
+        made = {name: made[name] for name, _, _ in entries() if name in made}
         write(made)
         print(f"  {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
     write(made)

@@ -248,15 +248,14 @@ def plan(
     return found
 
 
-def start_compiling(
+def trace_step(
     config: ConfigDict, data: Data, target: Target, shares: int, images: int
-) -> Callable[[], Trial]:
-    """Traces the step for so many images a device, and returns what compiles it."""
+) -> tuple[jax.stages.Traced, dict[str, float]]:
+    """The step for so many images a device, and the bytes of a device that it holds, by kind."""
     config = config.copy_and_resolve_references()
     parts = config.train.accumulate = math.gcd(images, config.train.accumulate)
     config.data.batch_size = images * shares
     config.model.bn_group = math.gcd(images // parts, config.model.bn_group)
-    began = time.monotonic()
     model = config_lib.build_model(config, num_classes=data.classes)
     mesh = evaluate_lib.make_mesh(config, target.devices)
     schedule = recipe.schedule(config, config_lib.total_steps(config, data.examples))
@@ -266,10 +265,9 @@ def start_compiling(
     shardings = sharding.state_shardings(state, mesh)
     state, batch = abstract_on(state, shardings), recipe.abstract_batch(config, mesh)
     step = recipe.jitted_train_step(config, model, tx, schedule, mesh, shardings)
-    device = target.devices[0]
-    # Pallas asks the default device what it lowers for, and so does halo_attention.
-    with jax.default_device(device):
-        lowered = step.lower(state, batch)
+    # halo_attention asks the default device what it is for, and so does Pallas where it is lowered.
+    with jax.default_device(target.devices[0]):
+        traced = step.trace(state, batch)
     kinds = {
         "parameters": state.params,
         "batch_statistics": state.batch_stats,
@@ -277,13 +275,23 @@ def start_compiling(
         "averages": state.ema,
         "batch": batch,
     }
-    held = {kind: _bytes_on_a_device(tree) for kind, tree in kinds.items()}
+    return traced, {kind: _bytes_on_a_device(tree) for kind, tree in kinds.items()}
+
+
+def start_compiling(
+    config: ConfigDict, data: Data, target: Target, shares: int, images: int
+) -> Callable[[], Trial]:
+    """Traces the step for so many images a device, and returns what compiles it."""
+    began = time.monotonic()
+    step, held = trace_step(config, data, target, shares, images)
+    with jax.default_device(target.devices[0]):
+        lowered = step.lower()
     traced = time.monotonic() - began
 
     def compile_it() -> Trial:
         began = time.monotonic()
         try:
-            with jax.default_device(device):
+            with jax.default_device(target.devices[0]):
                 compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):

@@ -44,6 +44,7 @@ def run(monkeypatch, tmp_path):
         return FOUND | {"model": config.model.name, "topology": {"name": topology}}
 
     monkeypatch.setattr(plan_table, "plan", plan)
+    monkeypatch.setattr(plan_table, "step_program", lambda config, _: repr(config))
     monkeypatch.setattr(plan_table, "RECORD", epath.Path(tmp_path) / "plans.json")
     monkeypatch.setattr(plan_table, "TABLE", epath.Path(tmp_path) / "plans.md")
     monkeypatch.setattr(plan_table.importlib.metadata, "version", lambda name: "0")
