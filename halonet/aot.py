@@ -62,7 +62,10 @@ class Chip:
 _UNIT = 2 * 128 * 128
 _PAGES = "https://cloud.google.com/tpu/docs/"
 _FLAT = ("2x2", "4x4", "4x8", "8x8", "8x16", "16x16")
-_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16")
+_CUBES = (
+    *("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"),
+    *("8x8x12", "8x8x16", "8x16x16"),
+)
 # Links: half of the "bidirectional ICI bandwidth" of the pages of v5e, v5p and v6e; of the others,
 # and of v5e and v6e alike, the "all-reduce bandwidth per Pod" by its chips.
 CHIPS = {
@@ -72,13 +75,13 @@ CHIPS = {
     ),
     "v4": Chip(
         *(275, 1200, 32, 30.75, 268, 1, 2 * 4 * _UNIT, _PAGES + "v4"),
-        shapes=(*_CUBES, "8x16x16"),
+        shapes=_CUBES,
         cores=2,
     ),
     "v5e": Chip(197, 819, 16, 15.75, 200, 1, 4 * _UNIT, _PAGES + "v5e", ("1x1", "2x4", *_FLAT)),
     "v5p": Chip(
         *(459, 2765, 95, 95.74, 600, 1, 2 * 4 * _UNIT, _PAGES + "v5p"),
-        shapes=(*_CUBES, "8x16x16", "16x16x16", "16x16x24"),
+        shapes=(*_CUBES, "16x16x16", "16x16x24"),
         cores=2,
     ),
     # The page says two units of 256 x 256. But XLA's estimate of a product of 8192 x 8192 matrices

@@ -11,7 +11,7 @@ import sys
 import pytest
 import yaml
 
-from halonet import runtime
+from halonet import aot, runtime
 from launch import TARGETS, LaunchError, Run, load_runs, render, targets
 from launch.__main__ import main
 from tests import jobset_schema
@@ -295,6 +295,11 @@ def test_gcloud_makes_the_slice_anew(cluster, tmp_path, state):
     ]
     # One host has nobody to find.
     assert of(calls, "python") == [["-u", "main.py", *AWKWARD.flags]]
+
+
+def test_what_can_be_launched_can_be_planned():
+    for generation, tpu in targets.TPUS.items():
+        assert set(tpu.shapes) <= set(aot.CHIPS[generation].shapes)
 
 
 @pytest.mark.parametrize(
