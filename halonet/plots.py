@@ -12,6 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+# Of a sheet: its width in inches, and how many characters of captions fit side by side. Names of
+# classes are cut where they are longer, so that there are no less than four columns.
+_SHEET_WIDTH, _SHEET_CHARACTERS, _LONGEST_NAME = 10.5, 150, 13
+
 
 def learning_curves(rows: Sequence[dict[str, Any]], path: epath.PathLike) -> None:
     """Draws loss, error and learning rate over the steps as a PNG.
@@ -82,7 +86,8 @@ def prediction_sheet(
     """Draws images with what the model says of them as a PNG, the mistakes first.
 
     Mistakes come by falling confidence in the wrong class, then the correct ones by rising
-    confidence: the hardest first.
+    confidence: the hardest first. Where the names of the classes need more room than a digit, there
+    are fewer columns, and so larger images.
 
     Args:
       images: uint8 (N, H, W, 3).
@@ -95,12 +100,15 @@ def prediction_sheet(
     predicted = logits.argmax(axis=-1)
     confidence = probabilities.max(axis=-1)
     wrong = predicted != labels
+    names = [it if len(it) <= _LONGEST_NAME else f"{it[: _LONGEST_NAME - 1]}…" for it in classes]
+    longest = max(len(f"{it} as {it}  100%") for it in names)
+    columns = min(columns, _SHEET_CHARACTERS // longest)
     order = np.lexsort((np.where(wrong, -confidence, confidence), ~wrong))[: rows * columns]
     captions, colors = [], []
     for index in order:
-        caption = f"{classes[predicted[index]]}  {confidence[index]:.0%}"
+        caption = f"{names[predicted[index]]}  {confidence[index]:.0%}"
         if wrong[index]:
-            caption = f"{classes[labels[index]]} as {caption}"
+            caption = f"{names[labels[index]]} as {caption}"
         captions.append(caption)
         colors.append("tab:red" if wrong[index] else "tab:green")
     title = f"{wrong.sum()} mistakes in {len(labels)}, first; then the least certain"
@@ -126,18 +134,20 @@ def sheet(
       title: above all.
     """
     rows = -(-len(images) // columns)
-    # One pair of axes for all: sixty pairs of their own take ten times as long to lay out.
-    height = rows * 1.25 + 0.4
-    figure = Figure(figsize=(columns * 1.05, height))
+    # All in inches. One pair of axes for all: sixty of their own take ten times as long to lay out.
+    across = _SHEET_WIDTH / columns
+    side, down = 0.9 * across, 0.9 * across + 0.3
+    height = rows * down + 0.4
+    figure = Figure(figsize=(_SHEET_WIDTH, height))
     figure.suptitle(title, y=1 - 0.1 / height)
     axis = figure.add_axes((0, 0, 1, 1 - 0.4 / height))
     for place, (image, caption) in enumerate(zip(images, captions, strict=True)):
         row, column = divmod(place, columns)
-        left, right, bottom, top = column + 0.05, column + 0.95, row + 0.96, row + 0.20
-        axis.imshow(image, extent=(left, right, bottom, top), aspect="auto")
+        left, top = (column + 0.05) * across, row * down + 0.25
+        axis.imshow(image, extent=(left, left + side, top + side, top), aspect="auto")
         color = colors[place] if colors else "black"
-        axis.text(column + 0.5, row + 0.17, caption, fontsize=8, color=color, ha="center")
-    axis.set(xlim=(0, columns), ylim=(rows, 0))
+        axis.text(left + side / 2, top - 0.04, caption, fontsize=8, color=color, ha="center")
+    axis.set(xlim=(0, _SHEET_WIDTH), ylim=(rows * down, 0))
     axis.axis("off")
     _save(figure, path)
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from halonet import halo_attention, plots
@@ -161,6 +162,18 @@ def test_sheet_without_mistakes(tmp_path, figures):
     assert figures[0].get_suptitle().startswith("0 mistakes in 2")
 
 
+@pytest.mark.parametrize(("length", "columns"), [(1, 10), (9, 5), (40, 4)])
+def test_captions_of_long_names_do_not_meet(figures, tmp_path, length, columns):
+    names = [character * length for character in "aeg"]
+    mistakes = examples(12 * [0], 12 * [1], 12 * [9.0])
+    plots.prediction_sheet(*mistakes, names, tmp_path / "sheet.png")
+    (axis,), renderer = figures[0].axes, FigureCanvasAgg(figures[0]).get_renderer()
+    assert len({image.get_extent()[0] for image in axis.images}) == columns
+    boxes = [text.get_window_extent(renderer) for text in axis.texts[:columns]]
+    edges = [0, *(it for box in boxes for it in (box.x0, box.x1)), figures[0].bbox.x1]
+    assert edges == sorted(edges)
+
+
 def test_sheet_of_one_example_with_huge_logits(tmp_path):
     plots.prediction_sheet(*examples([2], [2], [1e4]), CLASSES, tmp_path / "sheet.png")
     assert_is_picture(tmp_path / "sheet.png", (900, 1400), (100, 400))
@@ -279,9 +292,9 @@ def test_a_sheet_has_a_caption_above_each_image(figures, tmp_path):
         figures[0].axes[0].texts, figures[0].axes[0].images, images, strict=True
     ):
         np.testing.assert_array_equal(image.get_array(), pixels)
-        (x, y), (left, right, bottom, _) = text.get_position(), image.get_extent()
+        (x, y), (left, right, _, top) = text.get_position(), image.get_extent()
         assert left < x < right
-        assert bottom - 1 < y < bottom
+        assert top - 0.1 < y < top
         assert text.get_color() == "black"
 
 
