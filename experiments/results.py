@@ -9,6 +9,7 @@ sweeps' own files.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 
@@ -28,6 +29,7 @@ COLUMNS = (
     ("multiply_adds", "multiply-adds"),
     ("images_per_second", "images/s"),
 )
+_SHORT = re.compile(r"(?<=\b[0-9a-f]{12})[0-9a-f]+")  # what a short hash leaves out
 HEAD = """\
 # Results of the sweeps
 
@@ -36,6 +38,10 @@ page from the tables in `docs/results/`, which `python -m experiments collect NA
 the runs. Top-1 is of held-out images at the end of training, the mean over seeds, and its range is
 from the least to the most of them; loss, in nats, multiply-adds, of one image, and images a second
 in training, on all devices, are means.
+
+A `_smoke` sweep trains tiny models on digits for a minute each. It shows that the question can be
+asked, and how much chance alone makes; what it answers need not hold on ImageNet, where maps are
+large and pixels far apart have to meet.
 """
 
 
@@ -91,7 +97,9 @@ def _said(shown: list[Group]) -> str:
     if all(len(group.finished) > 1 for group in (best, *others)):
         told = "no other's range reaches that of"
         if near:
-            told = f"the ranges of {', '.join(map(_text, near))} reach that of"
+            ranges = "range" if len(near) == 1 else "ranges"
+            reach = "reaches" if len(near) == 1 else "reach"
+            told = f"the {ranges} of {', '.join(map(_text, near))} {reach} that of"
         found.append(f"Over these seeds {told} {_text(best.name)}.")
     if left := sum(row["state"] != "done" for group in shown for row in group.members):
         found.append(f"{left} of its members have not finished and are left out.")
@@ -102,7 +110,7 @@ def _said(shown: list[Group]) -> str:
     made = {name: dict.fromkeys(str(row[name]) for row in rows if row.get(name)) for name in names}
     made["step"] = dict.fromkeys(f"{int(it):,} steps" for it in made["step"])
     made["jax"] = dict.fromkeys(f"jax {it}" for it in made["jax"])
-    made["commit"] = dict.fromkeys(f"commit {it}" for it in made["commit"])
+    made["commit"] = dict.fromkeys(f"commit {_SHORT.sub('', it)}" for it in made["commit"])
     found.append(f"Made with {', '.join(' or '.join(it) for it in made.values() if it)}.")
     return " ".join(found)
 
