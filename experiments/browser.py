@@ -1,6 +1,6 @@
 """A page in headless Chromium: what tests look at, and pictures of reports for the documentation.
 
-    python -m experiments.browser runs/scale_smoke/scale_smoke.html docs/report.png [WIDTH HEIGHT]
+    python -m experiments.browser runs/scale_smoke/scale_smoke.html docs/report.png --height=2360
 
 Spoken is the DevTools protocol, over two pipes (`--remote-debugging-pipe`): nothing but Chromium is
 needed for it. https://chromedevtools.github.io/devtools-protocol/
@@ -8,6 +8,7 @@ needed for it. https://chromedevtools.github.io/devtools-protocol/
 
 from __future__ import annotations
 
+import argparse
 import base64
 import contextlib
 import json
@@ -219,20 +220,22 @@ class Page:
 
 def main(arguments: Sequence[str]) -> int:
     """Takes the picture of a page, and returns the exit code."""
-    if len(arguments) not in (2, 4) or not all(it.isdecimal() for it in arguments[2:]):
-        print("error: give PAGE.html PICTURE.png, and perhaps WIDTH HEIGHT", file=sys.stderr)
-        return 2
-    width, height = map(int, arguments[2:] or (1280, 1400))
-    if not pathlib.Path(arguments[0]).is_file():
-        print(f"error: there is no {arguments[0]}", file=sys.stderr)
+    parser = argparse.ArgumentParser(prog="python -m experiments.browser")
+    parser.add_argument("page", metavar="PAGE.html")
+    parser.add_argument("picture", metavar="PICTURE.png")
+    parser.add_argument("--width", type=int, default=1280, help="of the window, in pixels")
+    parser.add_argument("--height", type=int, default=1400)
+    given = parser.parse_args(arguments)
+    if not pathlib.Path(given.page).is_file():
+        print(f"error: there is no {given.page}", file=sys.stderr)
         return 2
     try:
-        with Page(arguments[0], width=width, height=height) as page:
-            pathlib.Path(arguments[1]).write_bytes(page.picture())
+        with Page(given.page, width=given.width, height=given.height) as page:
+            pathlib.Path(given.picture).write_bytes(page.picture())
     except (BrowserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"wrote {arguments[1]}, {width} × {height} px")
+    print(f"wrote {given.picture}, {given.width} × {given.height} px")
     return 0
 
 
