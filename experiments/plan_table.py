@@ -52,7 +52,7 @@ Memory is of a device (here a chip), in GiB, and of the limit that libtpu gives 
 largest batch is in images a device. Steps that others timed took 0.78 to 0.91 of what is estimated
 for them ([tpu_calibration.txt](tpu_calibration.txt)), and nobody has timed the fused kernels. Days
 are those of 350 epochs, without evaluation. Cores make the images, on the host, of the kind of the
-machine that planned; so is the time that planning took, beside other work.
+machine that planned; so is the time that planning took, of H3 to H5 beside other work.
 
 | model | topology | fits | memory | largest | ms a step | images/s | MFU | all-reduce, MB | \
 days | cores | planned in |
